@@ -1,0 +1,184 @@
+"""What a run is told: every setting, its default and its bounds, in one validated value.
+
+Files, flags and notebooks all come through here. `demur audit --explain` prints the result as
+TOML, and the run folder keeps it as `config.toml`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from demur.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Section):
+    """Which model; see `demur.load`."""
+
+    name: str = "smollm2"
+    adapter: str | None = "auto"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    system: str | None = None
+    thinking: bool | None = False
+    trust_remote_code: bool = False
+
+
+class DataSettings(_Section):
+    """Which prompts; a name, file or hub id as `demur.prompts.load` takes them.
+
+    Attributes:
+        fit: Prompts per class that directions are estimated from; likewise `select` for choosing
+            one, `calibrate` for curves, `report` for every reported effect. They never overlap.
+        behaviour_filter: Fit and select on harmful prompts that the model refuses and harmless
+            ones that it does not, by refusal log-odds, where enough are left.
+    """
+
+    harmful: str = "audit?label=harmful"
+    harmless: str = "audit?label=harmless"
+    fit: int = Field(112, ge=8)
+    select: int = Field(36, ge=4)
+    calibrate: int = Field(32, ge=4)
+    report: int = Field(100, ge=8)
+    behaviour_filter: bool = True
+
+
+class ExtractionSettings(_Section):
+    """How directions are estimated.
+
+    Attributes:
+        layers: Blocks to read; None is all.
+        positions: Token positions from the end; None is t_inst and every post-instruction token.
+    """
+
+    estimator: str = "difference-of-means"
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    batch_size: int = Field(32, ge=1)
+
+
+class SelectionSettings(_Section):
+    """What a candidate must pass; the defaults are those of Arditi et al. 2024.
+
+    Attributes:
+        max_kl: Most KL(plain || ablated) on harmless prompts, nats.
+        min_induce: Least refusal log-odds on harmless prompts with the direction added.
+        last_layers_skipped: Share of the layers, from the end, that is not eligible.
+        finalists: How many of the best screened candidates are measured again exactly.
+    """
+
+    max_kl: float = Field(0.1, gt=0)
+    min_induce: float = 0.0
+    last_layers_skipped: float = Field(0.2, ge=0, lt=1)
+    finalists: int = Field(12, ge=1)
+    screen: bool = True
+
+
+class TestSettings(_Section):
+    """How the causal test is run.
+
+    Attributes:
+        nulls: Random directions of each kind (isotropic, covariance-matched, shuffled labels).
+        null_prompts: Report prompts per class on which they run.
+        null_generations: How many of each kind are also run by generation.
+        max_new_tokens: Length of a generated reply.
+        judge: Name of the judge of refusal.
+    """
+
+    nulls: int = Field(10, ge=1)
+    null_prompts: int = Field(48, ge=8)
+    null_generations: int = Field(1, ge=0)
+    max_new_tokens: int = Field(48, ge=4)
+    batch_size: int = Field(50, ge=1)
+    judge: str = "patterns"
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    strengths: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+class RunConfig(_Section):
+    """Everything that decides an audit's numbers."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    extraction: ExtractionSettings = ExtractionSettings()
+    selection: SelectionSettings = SelectionSettings()
+    test: TestSettings = TestSettings()
+    seed: int = Field(0, ge=0)
+
+
+def read_config(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a TOML file and lay changes over it.
+
+    Args:
+        path: The file, None for defaults.
+        changes: Dotted key -> value, such as `{"selection.max_kl": 0.2}`.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown or a value out of bounds; all of
+            them are listed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error.strerror}", "check the path"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path} is no TOML: {error}", "`demur audit --explain` prints one"
+            ) from error
+    for key, value in (changes or {}).items():
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(
+                    f"`{key}` goes through `{section}`, which is a value", "check the key"
+                )
+        node[last] = value
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        rows = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            "settings that do not fit: " + "; ".join(rows),
+            "`demur audit --explain` prints every setting with its value",
+        ) from error
+
+
+def as_toml(config: RunConfig) -> str:
+    """The whole configuration as TOML; settings that are None stand as comments."""
+    import tomli_w
+
+    tree = config.model_dump(mode="json")
+    nothing = [
+        f"{section}.{key}"
+        for section, values in tree.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value is None
+    ]
+    clean = {
+        section: (
+            {k: v for k, v in values.items() if v is not None}
+            if isinstance(values, dict)
+            else values
+        )
+        for section, values in tree.items()
+    }
+    # Top-level values come first, or TOML would read them as part of the section before.
+    ordered = dict(sorted(clean.items(), key=lambda item: isinstance(item[1], dict)))
+    note = f"# not set: {', '.join(nothing)}\n" if nothing else ""
+    return note + tomli_w.dumps(ordered)

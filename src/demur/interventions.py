@@ -1,0 +1,252 @@
+"""Interventions: values that say where they act and what they do to a tensor.
+
+`applied` is the one way to put them in force. It alone knows of tokens, prompts and padding, so an
+intervention can be tested on a random matrix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from demur.directions import Direction
+from demur.errors import ConfigError, DegenerateVectorError, SilentEditError
+from demur.models import Model
+from demur.registry import Registry
+from demur.sites import Site, Span
+
+
+class Intervention(Protocol):
+    """What is done to a tensor, and at which sites."""
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        """Where it acts on this model."""
+        ...
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """A new tensor of the same shape, dtype and device."""
+        ...
+
+
+interventions: Registry[Intervention] = Registry("intervention")
+
+
+def _widen(x: Tensor) -> Tensor:
+    # At least float32: bfloat16 arithmetic leaves about 1e-3 of the norm behind, this 1e-4.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(direction: Direction, like: Tensor) -> Tensor:
+    # Normalised again: a float32 unit vector has norm 1 to 1e-7 only, which float64 models show.
+    return torch.nn.functional.normalize(direction.unit.to(like), dim=0)
+
+
+@interventions.register("ablate")
+@dataclass(frozen=True, slots=True)
+class Ablate:
+    """Take the component along a direction out of everything written to the stream.
+
+    References:
+        Arditi et al. 2024, arXiv:2406.11717, section 2.4 (directional ablation).
+    """
+
+    direction: Direction
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        """Every write: the embedding and both writes of each block."""
+        return model.write_sites
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Project out."""
+        wide = _widen(x)
+        unit = _unit(self.direction, wide)
+        return (wide - (wide @ unit).unsqueeze(-1) * unit).to(x.dtype)
+
+
+@interventions.register("add")
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Add a direction to the stream at the site that it was read from.
+
+    Attributes:
+        direction: What to add.
+        strength: In multiples of the direction's own length; -1 takes away what +1 adds.
+
+    References:
+        Arditi et al. 2024, arXiv:2406.11717, section 2.4 (activation addition).
+    """
+
+    direction: Direction
+    strength: float = 1.0
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        """The direction's own site."""
+        del model
+        return (self.direction.site,)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Add `strength * norm * unit`; strength 0 returns the values bit for bit."""
+        if self.strength == 0.0:
+            return x.clone()
+        wide = _widen(x)
+        return (wide + self.strength * self.direction.norm * _unit(self.direction, wide)).to(
+            x.dtype
+        )
+
+
+@interventions.register("project-to-mean")
+@dataclass(frozen=True, slots=True)
+class ProjectToMean:
+    """Set the coordinate along a direction to a level, such as its mean on harmless prompts.
+
+    Attributes:
+        direction: The coordinate's axis.
+        level: The value that the coordinate gets, in residual-stream units.
+        site: Where; one value acts on one site, because levels differ between sites.
+        strength: 1 sets the level, 0.5 goes half of the way, 2 overshoots by as much again.
+
+    References:
+        Marshall, Scherlis, Belrose 2024, arXiv:2411.09003 (affine concept editing).
+    """
+
+    direction: Direction
+    level: float
+    site: Site
+    strength: float = 1.0
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        """Its one site."""
+        del model
+        return (self.site,)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Move each row along the direction only."""
+        if self.strength == 0.0:
+            return x.clone()
+        wide = _widen(x)
+        unit = _unit(self.direction, wide)
+        gap = (wide @ unit - self.level) * self.strength
+        return (wide - gap.unsqueeze(-1) * unit).to(x.dtype)
+
+
+@interventions.register("oblique-erase")
+@dataclass(frozen=True, slots=True, eq=False)
+class ObliqueErase:
+    """Move rows along a direction until a linear reader sees the reference class.
+
+    The reader (for instance Fisher's) says how far a row stands on the wrong side; the direction
+    says which way to go. Rows that the reader finds neutral are left alone, which is what makes
+    this cheaper in KL than projecting out.
+
+    Attributes:
+        direction: The way along which rows move.
+        reader: Weights; only their direction matters.
+        level: The reader's value on the reference class, `reader . mean`.
+        site: Where it acts.
+        strength: 1 erases what the reader sees, 2 overshoots by as much again.
+    """
+
+    direction: Direction
+    reader: Float[Tensor, " d_model"]
+    level: float
+    site: Site
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        along = float(self.reader.double() @ self.direction.unit.double())
+        if not abs(along) > 1e-9 * float(self.reader.double().norm()):
+            raise DegenerateVectorError(
+                "the reader is orthogonal to the direction, so no move along it changes its value",
+                "use the reader that was fitted at the direction's own site",
+            )
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        """Its one site."""
+        del model
+        return (self.site,)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Move each row along the direction only."""
+        if self.strength == 0.0:
+            return x.clone()
+        wide = _widen(x)
+        unit, reader = _unit(self.direction, wide), self.reader.to(wide)
+        gap = (wide @ reader - self.level) / (reader @ unit) * self.strength
+        return (wide - gap.unsqueeze(-1) * unit).to(x.dtype)
+
+
+@contextmanager
+def applied(
+    model: Model,
+    *acts: Intervention,
+    where: Span | Sequence[Span] | None = None,
+    when: Bool[Tensor, " prompt"] | None = None,
+) -> Iterator[Counter[Site]]:
+    """Run `model` with interventions in force, in the order given, and restore it after.
+
+    Args:
+        model: The model to edit.
+        acts: What to do.
+        where: Only at tokens of these spans; None is every token, the template's and padding too.
+        when: Only for these prompts of each batch run inside; None is all.
+
+    Yields:
+        How often each site was edited so far.
+
+    Raises:
+        SilentEditError: The model ran inside the block, yet some site was never reached.
+        ConfigError: `where` or `when` is given and the model is called directly, so that nobody
+            knows which tokens and prompts the rows stand for.
+    """
+    edits: Counter[Site] = Counter()
+    spans = (where,) if isinstance(where, Span) else where
+
+    def edit(x: Tensor, *, site: Site, act: Intervention) -> Tensor:
+        edits[site] += 1
+        if spans is None and when is None:
+            return act(x)
+        return torch.where(_mask(model, x, spans, when), act(x), x)
+
+    runs_before = model.runs
+    with ExitStack() as undo:
+        if when is not None:
+            undo.enter_context(model.whole_rows())  # One shared prefix cannot be edited for some.
+        for act in acts:
+            for site in act.sites(model):
+                edits[site] = 0
+                undo.callback(model.intercept(site, partial(edit, site=site, act=act)))
+        yield edits
+    silent = [str(site) for site, count in edits.items() if count == 0]
+    if silent and model.runs > runs_before:
+        raise SilentEditError(
+            f"the model ran {model.runs - runs_before} times without reaching {', '.join(silent)}",
+            f"`demur models check {model.name}` tells whether its family names the right modules",
+        )
+
+
+def _mask(
+    model: Model, x: Tensor, spans: Sequence[Span] | None, when: Tensor | None
+) -> Bool[Tensor, "row token one"]:
+    chunk = model.chunk
+    if chunk is None:
+        raise ConfigError(
+            "an edit of some tokens or prompts needs to know which they are",
+            "run the model through `logits`, `generate` or `collect`",
+        )
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if spans is not None:
+        mask = torch.zeros_like(mask)
+        for span in spans:
+            if span in chunk.spans:
+                mask |= chunk.spans[span].to(x.device)
+    if when is not None and chunk.rows is not None:
+        mask &= when.to(x.device)[chunk.rows.to(x.device)].unsqueeze(1)
+    return mask.unsqueeze(-1)

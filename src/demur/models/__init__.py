@@ -1,0 +1,28 @@
+"""Models: the only code that knows transformers."""
+
+from demur.models.check import CheckReport, CheckRow, check, list_families, token_rows
+from demur.models.families import FAMILIES, Family, family_of
+from demur.models.load import EMBEDDED, load, packaged_adapter
+from demur.models.model import Chunk, Completion, Model, Progress
+from demur.models.tokens import Position, Template, TokenBatch
+
+__all__ = [
+    "EMBEDDED",
+    "FAMILIES",
+    "CheckReport",
+    "CheckRow",
+    "Chunk",
+    "Completion",
+    "Family",
+    "Model",
+    "Position",
+    "Progress",
+    "Template",
+    "TokenBatch",
+    "check",
+    "family_of",
+    "list_families",
+    "load",
+    "packaged_adapter",
+    "token_rows",
+]

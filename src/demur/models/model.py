@@ -1,0 +1,480 @@
+"""A causal language model that can be read and edited at named sites; nothing of it is patched."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+
+from demur.errors import FamilyError, NonFiniteError, TemplateError
+from demur.models.families import Family
+from demur.models.tokens import Template, TokenBatch
+from demur.sites import Site, Span
+
+log = logging.getLogger(__name__)
+
+Edit = Callable[[Tensor], Tensor]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The part of a batch that a forward pass is working on, for edits that act on some tokens.
+
+    Attributes:
+        spans: Masks of shape (row, token) over this chunk.
+        ends: Per row, the index in this chunk one past the last prompt token; 0 while the shared
+            prefix is computed, whose one row stands for all.
+        rows: Which prompts the rows stand for, as numbers in the call of `encode` or `generate`
+            that they came from; None for the shared prefix.
+        is_prefix: Whether this is the shared template prefix, computed once for all rows.
+    """
+
+    spans: dict[Span, Tensor]
+    ends: Tensor
+    rows: Tensor | None
+    is_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A generated reply.
+
+    Attributes:
+        text: Without the end-of-turn token and without closed thinking blocks.
+        ids: Generated token ids, without the one that ended the reply.
+        finished: Whether the model ended by itself, not at the token limit.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finished: bool
+
+
+def _module(root: nn.Module, path: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError as error:
+        raise FamilyError(
+            f"{type(root).__name__} has no module `{path}`",
+            "the family's row does not fit this checkpoint; `demur models check` tells more",
+        ) from error
+
+
+class Model:
+    """A model, its tokenizer and its family.
+
+    Attributes:
+        hf: The wrapped Hugging Face model, in evaluation mode.
+        family: Where it writes to the stream.
+        template: How prompts are laid out; None for a model without a tokenizer (tests).
+        name: What errors and records call it.
+        runs: How many forward passes ran; `applied` compares it with how often edits ran.
+        chunk: What the current forward pass works on; None outside `logits` and `generate`.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        family: Family,
+        template: Template | None = None,
+        *,
+        name: str = "model",
+        revision: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self.hf = hf.eval()
+        self.family = family
+        self.template = template
+        self.name, self.revision, self.adapter = name, revision, adapter
+        self.runs = 0
+        self.chunk: Chunk | None = None
+        self._edits: dict[Site, dict[object, Edit]] = {}
+        self._hooks: dict[Site, Any] = {}
+        self._whole_rows = 0
+        self.blocks = self._find_blocks()
+        self.n_layers = len(self.blocks)
+        self.d_model = int(self.hf.get_input_embeddings().weight.shape[1])
+        for block in self.blocks:
+            _module(block, family.attn_out)
+            _module(block, family.mlp_out)
+
+    def _find_blocks(self) -> nn.ModuleList:
+        for path in self.family.layers:
+            try:
+                blocks = self.hf.get_submodule(path)
+            except AttributeError:
+                continue
+            if isinstance(blocks, nn.ModuleList):
+                return blocks
+        raise FamilyError(
+            f"{type(self.hf).__name__} has none of: {', '.join(self.family.layers)}",
+            f"the row `{self.family.name}` does not fit this checkpoint",
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name}, {self.family.name}, {self.n_layers} blocks, d_model "
+            f"{self.d_model}, {self.dtype}, {self.device})"
+        )
+
+    # What it is --------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.hf.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where token ids go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is also the unembedding."""
+        head = self.hf.get_output_embeddings()
+        return head is not None and head.weight is self.hf.get_input_embeddings().weight
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        """Everything that is summed to the stream: the embedding and both writes of each block."""
+        inner = (
+            Site(layer, kind)
+            for layer in range(self.n_layers)
+            for kind in ("attn_out", "mlp_out")
+        )
+        return (Site(0, "resid_pre"), *inner)
+
+    @property
+    def stream_sites(self) -> tuple[Site, ...]:
+        """The stream at every block boundary: each block's input, and the last block's output."""
+        inputs = (Site(layer, "resid_pre") for layer in range(self.n_layers))
+        return (*inputs, Site(self.n_layers - 1, "resid_post"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of architecture and weights; any edit of a weight matrix changes it.
+
+        Up to 4,096 evenly spaced values of each parameter are read, so that a model of any size
+        takes seconds. Device and adapter path do not matter, dtype and template do.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{self.family.name} {self.dtype}".encode())
+        if self.template is not None:
+            digest.update(self.template.hash.encode())
+        for name, parameter in sorted(self.hf.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            # Odd, so that a stride through a matrix does not stay in one of its columns.
+            step = max(1, flat.numel() // 4096) | 1
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def twin(self, dtype: torch.dtype) -> Model:
+        """The same model with its weights in another data type, for screening; no edits in force.
+
+        Raises:
+            FamilyError: Edits are in force, which a copy would keep for ever.
+        """
+        if dtype == self.dtype:
+            return self
+        if self._hooks:
+            raise FamilyError(
+                f"{self.name} is being edited at {', '.join(map(str, self._hooks))}",
+                "make the twin before the edits are applied",
+            )
+        copy = deepcopy(self.hf)  # Keeps tied weights tied.
+        for parameter in copy.parameters():
+            # Not `copy.to(dtype)`: it casts buffers too, and rotary frequencies in bfloat16 turn
+            # the 100th token by 0.2 rad too far.
+            parameter.data = parameter.data.to(dtype)
+        return Model(
+            copy,
+            self.family,
+            self.template,
+            name=self.name,
+            revision=self.revision,
+            adapter=self.adapter,
+        )
+
+    # Reading and editing -----------------------------------------------------------------------
+
+    def intercept(self, site: Site, edit: Edit) -> Callable[[], None]:
+        """Have `edit` replace the tensor at `site` in every pass to come; returns its undo.
+
+        Edits of one site run in the order they were set. An edit must return a new tensor.
+
+        Raises:
+            FamilyError: The model has no such site.
+        """
+        if not 0 <= site.layer < self.n_layers:
+            raise FamilyError(
+                f"there is no site {site}: {self.name} has blocks 0 to {self.n_layers - 1}",
+                f"choose a layer from 0 to {self.n_layers - 1}",
+            )
+        edits = self._edits.setdefault(site, {})
+        if site not in self._hooks:
+            self._hooks[site] = self._hook(site, edits)
+        key = object()  # One edit may be set twice, and each undo takes its own away.
+        edits[key] = edit
+
+        def undo() -> None:
+            if edits.pop(key, None) is not None and not edits:
+                self._hooks.pop(site).remove()
+                del self._edits[site]
+
+        return undo
+
+    def _hook(self, site: Site, edits: dict[object, Edit]) -> Any:
+        block = self.blocks[site.layer]
+
+        def run(x: Tensor) -> Tensor:
+            for edit in tuple(edits.values()):
+                x = edit(x)
+            return x
+
+        def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (run(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": run(kwargs["hidden_states"])}
+
+        def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (run(output[0]), *output[1:])
+            return run(output)
+
+        if site.kind == "resid_pre":
+            return block.register_forward_pre_hook(on_input, with_kwargs=True)
+        if site.kind == "resid_post":
+            return block.register_forward_hook(on_output)
+        path = self.family.attn_out if site.kind == "attn_out" else self.family.mlp_out
+        return _module(block, path).register_forward_hook(on_output)
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """Inside, every pass sees whole rows: the template prefix is not computed apart."""
+        self._whole_rows += 1
+        try:
+            yield
+        finally:
+            self._whole_rows -= 1
+
+    # Running -----------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> TokenBatch:
+        """Tokenise prompts as single user turns through the chat template, padded on the right.
+
+        Raises:
+            TemplateError: See `Template.encode`; or the model was made without a tokenizer.
+        """
+        if self.template is None:
+            raise TemplateError(
+                f"{self.name} was made without a tokenizer", "load it with `demur.load`"
+            )
+        return self.template.encode(prompts, pad_id=self.pad_id)
+
+    @property
+    def pad_id(self) -> int:
+        """A valid token id for padding, which no result depends on."""
+        if self.template is None:
+            return 0
+        tokenizer = self.template.tokenizer
+        rows = len(self.hf.get_input_embeddings().weight)
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            # Some fine-tunes name a padding token that their embedding has no row for.
+            if token is not None and token < rows:
+                return int(token)
+        return 0
+
+    def _pass(self, ids: Tensor, chunk: Chunk, **options: Any) -> Any:
+        self.chunk = chunk
+        try:
+            self.runs += 1
+            return self.hf.base_model(input_ids=ids.to(self.device), **options)
+        finally:
+            self.chunk = None
+
+    @torch.no_grad()
+    def final_states(self, batch: TokenBatch) -> Float[Tensor, "prompt token d_model"]:
+        """Run the blocks and the final norm, not the vocabulary head.
+
+        Right-padded rows need no attention mask, since no token sees what follows it; the leading
+        tokens that all rows share are computed once, under whatever edits are in force.
+
+        Returns:
+            Final hidden states; those of a shared prefix are left out, so the token axis counts
+            from the end of the prompt as ever, but may be shorter than `batch`.
+        """
+        width = batch.ids.shape[1]
+        share = 0 if self._whole_rows or batch.padded_left else min(batch.shared, width - 1)
+        rows = batch.numbers
+        if len(batch) < 2 or share < 2:
+            options: dict[str, Any] = {"use_cache": False}
+            if batch.padded_left:
+                positions = (batch.mask.long().cumsum(1) - 1).clamp(min=0)
+                options["attention_mask"] = batch.mask.long().to(self.device)
+                options["position_ids"] = positions.to(self.device)
+            chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
+            return self._pass(batch.ids, chunk, **options).last_hidden_state
+        cache = DynamicCache(config=self.hf.config)
+        first = {name: span[:1, :share] for name, span in batch.spans.items()}
+        prefix = Chunk(first, torch.zeros(1, dtype=torch.long), None, is_prefix=True)
+        self._pass(batch.ids[:1, :share], prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(batch))
+        spans = {name: span[:, share:] for name, span in batch.spans.items()}
+        suffix = Chunk(spans, batch.ends - share, rows, is_prefix=False)
+        out = self._pass(batch.ids[:, share:], suffix, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state
+
+    def logits(
+        self, batch: TokenBatch | Int[Tensor, "prompt token"]
+    ) -> Float[Tensor, "prompt vocab"]:
+        """Next-token logits after the last real token of each row, float32 (float64 if wider).
+
+        Raises:
+            NonFiniteError: A row has NaN or infinite logits.
+        """
+        if isinstance(batch, Tensor):
+            batch = TokenBatch.of_ids(batch)
+        states = self.final_states(batch)
+        ends = batch.ends - (batch.ids.shape[1] - states.shape[1])
+        last = states[torch.arange(len(batch), device=states.device), ends.to(states.device) - 1]
+        logits = self.unembed(last)
+        finite = torch.isfinite(logits).all(1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero().flatten().tolist()
+            raise NonFiniteError(
+                f"rows {bad[:5]} of {len(batch)} have NaN or infinite logits",
+                "try `--dtype float32`; the checkpoint may also be damaged",
+            )
+        return logits
+
+    @torch.no_grad()
+    def unembed(self, states: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
+        """The vocabulary head on normed final states, with the family's soft cap, in >= float32."""
+        head = self.hf.get_output_embeddings()
+        # Contiguous: a sliced view times frozen weights copies the vocabulary matrix per row.
+        logits = head(states.contiguous().to(head.weight.device))
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def token_losses(
+        self, ids: Int[Tensor, "row token"], mask: Tensor | None = None
+    ) -> Float[Tensor, "row token_minus_1"]:
+        """Negative log-likelihood of each next token, nats; zero at padding on the right."""
+        batch = TokenBatch.of_ids(ids)
+        states = self.final_states(batch)[:, :-1]
+        losses = []
+        for row in range(len(ids)):  # A row at a time: all rows' logits at once fill the memory.
+            logits = self.unembed(states[row])
+            target = ids[row, 1:].to(logits.device)
+            losses.append(nn.functional.cross_entropy(logits, target, reduction="none"))
+        out = torch.stack(losses).cpu()
+        return out if mask is None else out * mask[:, 1:]
+
+    # Generating --------------------------------------------------------------------------------
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a reply: those of the checkpoint and the template's end of turn."""
+        found: set[int] = set()
+        for source in (self.hf.generation_config, self.hf.config):
+            eos = getattr(source, "eos_token_id", None)
+            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        if self.template is not None:
+            tokenizer = self.template.tokenizer
+            if tokenizer.eos_token_id is not None:
+                found.add(tokenizer.eos_token_id)
+            if self.template.kind == "chat" and self.template.post_ids:
+                first = self.template.post_ids[0]
+                if first in set(tokenizer.get_added_vocab().values()):
+                    found.add(first)
+        return sorted(found)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Reply to each prompt greedily, in the order given.
+
+        Args:
+            prompts: User messages.
+            max_new_tokens: Replies are cut there.
+            batch_size: Prompts of like length are decoded together.
+            progress: Called with the number of prompts done since the last call.
+        """
+        whole = self.encode(prompts)
+        lengths = whole.mask.sum(1)
+        order = torch.argsort(lengths, stable=True).tolist()
+        replies: list[Completion | None] = [None] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            batch = whole.rows(index).left_padded()
+            for i, reply in zip(index, self._decode(batch, max_new_tokens), strict=True):
+                replies[i] = reply
+            if progress is not None:
+                progress(len(index))
+        return [reply for reply in replies if reply is not None]
+
+    @torch.no_grad()
+    def _decode(self, batch: TokenBatch, max_new_tokens: int) -> list[Completion]:
+        if self.template is None:
+            raise TemplateError(
+                f"{self.name} was made without a tokenizer", "load it with `demur.load`"
+            )
+        stops = self.stop_ids
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops or None,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+        )
+        rows, width = batch.numbers, batch.ids.shape[1]
+        ones = torch.ones(len(batch), 1, dtype=torch.bool)
+
+        def on_pass(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.runs += 1
+            length = (args[0] if args else kwargs["input_ids"]).shape[1]
+            if length == width:
+                self.chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
+            else:
+                none = torch.zeros_like(ones)
+                spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
+                self.chunk = Chunk(spans, torch.zeros(len(batch)).long(), rows, is_prefix=False)
+
+        with ExitStack() as undo:
+            undo.callback(setattr, self, "chunk", None)
+            watch = self.hf.base_model.register_forward_pre_hook(on_pass, with_kwargs=True)
+            undo.callback(watch.remove)
+            out = self.hf.generate(
+                input_ids=batch.ids.to(self.device),
+                attention_mask=batch.mask.long().to(self.device),
+                generation_config=config,
+            )
+        replies = []
+        for row in out[:, width:].tolist():
+            end = next((i for i, token in enumerate(row) if token in stops), None)
+            kept = row if end is None else row[:end]
+            text = self.template.tokenizer.decode(kept, skip_special_tokens=True)
+            if "</think>" in text:
+                text = text.rpartition("</think>")[2].lstrip()
+            replies.append(Completion(text, tuple(kept), end is not None))
+        return replies

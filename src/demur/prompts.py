@@ -1,0 +1,855 @@
+"""Prompt sets: loaded whole or not at all, split without leaks, compared by content.
+
+Two prompts are near-duplicates where they are equal after `normalise`, or where the sets of their
+words have a Jaccard index of 0.6 or more. A split keeps near-duplicates on one side, so that a
+direction is never tested on a rewording of what it was fitted on.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from hashlib import blake2b
+from importlib.resources import files
+from itertools import combinations
+from math import ceil
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Any, Literal, NoReturn
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from demur.errors import (
+    ConfigError,
+    MissingExtraError,
+    OverlapError,
+    PromptFileError,
+    TooFewPromptsError,
+    UnknownNameError,
+)
+
+PROMPT_COLUMNS = (
+    "prompt",
+    "text",
+    "instruction",
+    "goal",
+    "behavior",
+    "question",
+    "forbidden_prompt",
+)
+MAX_BYTES = 100_000
+_SHOWN = 20
+
+# A word; where a script writes without spaces (Han, kana) every character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(?:[@:][^@:]+)*)")
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, and what its file says of it.
+
+    Attributes:
+        text: What the user says, before any chat template.
+        label: Its class, for instance "harmful".
+        category: Its topic.
+        split: The part that its author put it in.
+        id: Its name in the file.
+        pair: Shared by prompts that belong together, such as a harmful one and its harmless twin.
+    """
+
+    text: str
+    label: str | None = None
+    category: str | None = None
+    split: str | None = None
+    id: str | None = None
+    pair: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where prompts came from.
+
+    Attributes:
+        where: Packaged name, path or hub id; empty for prompts made in memory.
+        licence: As the rows state it; several are joined by "; ".
+        revision: Of a hub dataset: the commit where it is known, else what was asked for.
+    """
+
+    kind: Literal["packaged", "file", "hub", "memory"]
+    where: str
+    licence: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts in order, with their source.
+
+    Attributes:
+        name: As it reads in a report.
+        prompts: In the order of the file.
+        source: Where they came from.
+        fingerprint: Hash of the texts in order, exactly as a model gets to see them.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    source: Source
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = blake2b(digest_size=16)
+        for prompt in self.prompts:
+            data = prompt.text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "big") + data)
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+    @classmethod
+    def of(cls, texts: Iterable[str], *, name: str = "memory") -> "PromptSet":
+        """Make a set of bare texts."""
+        return cls(name, tuple(Prompt(text) for text in texts), Source("memory", ""))
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts' texts, in order."""
+        return [prompt.text for prompt in self.prompts]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def _only(self, indices: Iterable[int], *, name: str | None = None) -> "PromptSet":
+        kept = tuple(self.prompts[index] for index in sorted(indices))
+        return replace(self, prompts=kept, name=name or self.name)
+
+    def where(self, **fields: str | None) -> "PromptSet":
+        """Keep the prompts whose fields equal those given: `prompts.where(label="harmful")`.
+
+        Raises:
+            UnknownNameError: A prompt has no such field, or no prompt has that value in it.
+            TooFewPromptsError: Each value occurs, but never together.
+        """
+        for key, wanted in fields.items():
+            if key not in Prompt.__slots__:
+                raise UnknownNameError.among(Prompt.__slots__, kind="prompt field", name=key)
+            found = {getattr(prompt, key) for prompt in self.prompts}
+            if wanted not in found:
+                raise _no_such_value(self.name, key, str(wanted), found)
+        kept = [
+            index
+            for index, prompt in enumerate(self.prompts)
+            if all(getattr(prompt, key) == wanted for key, wanted in fields.items())
+        ]
+        asked = "&".join(f"{key}={wanted}" for key, wanted in fields.items())
+        if not kept:
+            raise TooFewPromptsError(f"no prompt of {self.name} is {asked}", "ask for less at once")
+        return self._only(kept, name=f"{self.name}?{asked}" if asked else self.name)
+
+    def take(self, n: int, seed: int) -> "PromptSet":
+        """Draw `n` prompts without replacement, kept in order; fewer are a subset of more.
+
+        Raises:
+            TooFewPromptsError: There are fewer than `n`.
+        """
+        if not 0 <= n <= len(self):
+            raise TooFewPromptsError(
+                f"{self.name} has {len(self)} prompts, {n} were asked for",
+                f"ask for {len(self)} or fewer",
+            )
+        order = sorted(range(len(self)), key=lambda i: (_rank(seed, self.prompts[i].text), i))
+        return self._only(order[:n])
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Two prompts that are the same, or nearly.
+
+    Attributes:
+        jaccard: Words they share over words they have; 1 for prompts equal after `normalise`.
+    """
+
+    a: Prompt
+    b: Prompt
+    jaccard: float
+
+
+def _rank(seed: int, key: str) -> bytes:
+    """Order by content and seed: neither the file's order nor a library's generator enters."""
+    return blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _no_such_value(name: str, key: str, wanted: str, found: set[str | None]) -> UnknownNameError:
+    values = sorted(value for value in found if value is not None)
+    near = get_close_matches(wanted, values, n=1)
+    some = f"there are: {', '.join(values[:10])}{', ...' if len(values) > 10 else ''}"
+    return UnknownNameError(
+        f"no prompt of {name} has the {key} `{wanted}`",
+        f"did you mean `{near[0]}`?" if near else some if values else f"it gives no {key} at all",
+    )
+
+
+# Loading
+
+
+@dataclass(slots=True)
+class _Table:
+    """Rows as a reader found them, by number, and what is wrong with others."""
+
+    unit: Literal["line", "item", "row"]
+    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(key for _, row in self.rows for key in row))
+
+
+def _kind(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _json(text: str) -> Any:
+    """Parse JSON; ValueError says what is wrong in words for a user."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column" if "\n" in text else "column"
+        raise ValueError(f"not JSON: {error.msg} at {place} {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: nested too deeply") from error
+
+
+def _lines(data: bytes, table: _Table) -> Iterator[tuple[int, str]]:
+    r"""Decode line by line, split at \n alone: JSON may hold U+2028, which `splitlines` splits."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        try:
+            yield number, line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            table.bad.append((number, f"byte {error.start + 1} is not UTF-8"))
+
+
+def _read_jsonl(data: bytes) -> _Table:
+    table = _Table("line")
+    for number, line in _lines(data, table):
+        if not line.strip():
+            continue
+        try:
+            row = _json(line)
+        except ValueError as error:
+            table.bad.append((number, str(error)))
+            continue
+        if isinstance(row, dict):
+            table.rows.append((number, row))
+        else:
+            table.bad.append((number, f"{_kind(row)}, not an object"))
+    return table
+
+
+def _read_txt(data: bytes) -> _Table:
+    table = _Table("line")
+    for number, line in _lines(data, table):
+        if line.strip():
+            table.rows.append((number, {"prompt": line.strip()}))
+    return table
+
+
+def _read_json(data: bytes) -> _Table:
+    decoding = _Table("line")
+    text = "\n".join(line for _, line in _lines(data, decoding))
+    if decoding.bad or not text.strip():
+        return decoding
+    try:
+        items = _json(text)
+    except ValueError as error:
+        more = ". One object a line? Then call it .jsonl" if "Extra data" in str(error) else ""
+        return _Table("line", bad=[(1, f"{error}{more}")])
+    if not isinstance(items, list):
+        return _Table("line", bad=[(1, f"{_kind(items)}, not a list of objects")])
+    table = _Table("item")
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, str | dict):
+            table.rows.append((number, {"prompt": item} if isinstance(item, str) else item))
+        else:
+            table.bad.append((number, f"{_kind(item)}, not an object"))
+    return table
+
+
+def _read_csv(data: bytes, *, delimiter: str = ",") -> _Table:
+    table = _Table("line")
+    text = "\n".join(line for _, line in _lines(data, table))
+    if table.bad:
+        return table
+    # Strict, or a stray quote would swallow the lines that follow it without a word.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    end = 0
+    try:
+        for cells in reader:
+            start, end = end + 1, reader.line_num
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                twice = [name for name, count in Counter(header).items() if count > 1]
+                if twice:
+                    table.bad.append((start, f"two columns are called `{twice[0]}`"))
+            elif len(cells) != len(header):
+                table.bad.append((start, f"{len(cells)} cells under {len(header)} column names"))
+            else:
+                # An empty cell is how CSV says that there is no value.
+                table.rows.append(
+                    (start, {k: v or None for k, v in zip(header, cells, strict=True)})
+                )
+    except csv.Error as error:
+        table.bad.append((end + 1, f"{error}; nothing after it could be read"))
+    return table
+
+
+def _read_tsv(data: bytes) -> _Table:
+    return _read_csv(data, delimiter="\t")
+
+
+def _read_parquet(data: bytes) -> _Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError.needed(extra="parquet", module="pyarrow") from error
+    try:
+        rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        return _Table("row", bad=[(0, f"not Parquet that can be read: {error}")])
+    return _Table("row", list(enumerate(rows, start=1)))
+
+
+_READERS: dict[str, Callable[[bytes], _Table]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def packaged() -> dict[str, str]:
+    """Names of the prompt sets that ship with demur, and their paths inside the package."""
+    folder = files("demur") / "data"
+    names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
+    return {name.removesuffix(".jsonl"): f"data/{name}" for name in sorted(names)}
+
+
+def _no_such_file(path: Path) -> PromptFileError:
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [str(path.parent / name) for name in get_close_matches(path.name, beside, n=1)]
+    near += get_close_matches(str(path), packaged(), n=1)
+    ways = f"name a file, a hub dataset (org/name) or a packaged set: {', '.join(packaged())}"
+    return PromptFileError(
+        f"there is no file {path}", f"did you mean `{near[0]}`?" if near else ways
+    )
+
+
+def _from_file(path: Path) -> _Table:
+    suffix = path.suffix.lower()
+    try:
+        mode = path.stat().st_mode
+        inside = [p.name for p in path.iterdir()] if S_ISDIR(mode) else []
+        data = path.read_bytes() if S_ISREG(mode) and suffix in _READERS else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _no_such_file(path) from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PromptFileError(f"{path} cannot be read: {why}", "check its permissions") from error
+    if S_ISDIR(mode):
+        usable = sorted(name for name in inside if Path(name).suffix.lower() in _READERS)
+        raise PromptFileError(
+            f"{path} is a folder", f"name a file in it{': ' if usable else ''}{', '.join(usable)}"
+        )
+    if not S_ISREG(mode):
+        raise PromptFileError(f"{path} is not a regular file", "save the prompts to a file")
+    if suffix not in _READERS:
+        raise PromptFileError(f"{path} is of no known format", f"demur reads {', '.join(_READERS)}")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise PromptFileError(f"{path} is UTF-16, not UTF-8", "save it as UTF-8")
+    return _READERS[suffix](data.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _from_hub(spec: re.Match[str], part: str | None) -> tuple[_Table, Source]:
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError.needed(extra="hub", module="datasets") from error
+    options = {text[0]: text[1:] for text in re.findall(r"[@:][^@:]+", spec["rest"])}
+    revision, config = options.get("@"), options.get(":")
+    try:
+        data = load_dataset(spec["id"], config, revision=revision, split=part)
+    except Exception as error:  # Its own, the hub's, httpx's and fsspec's: no common base.
+        raise PromptFileError(
+            f"the dataset {spec[0]} could not be loaded: {error}",
+            "write org/name, org/name:config, org/name@revision or org/name?split=train; "
+            "a gated one needs `hf auth login`",
+        ) from error
+    if isinstance(data, dict):
+        if len(data) > 1:
+            raise PromptFileError(
+                f"the dataset {spec[0]} has the splits {', '.join(map(str, data))}",
+                f"name one: {spec[0]}?split={next(iter(data))}",
+            )
+        data = next(iter(data.values()))
+    # `datasets` keeps the addresses that it read from, with the commit in each.
+    read_from = " ".join(getattr(data.info, "download_checksums", None) or {})
+    commit = _COMMIT.search(read_from)
+    where = f"{spec['id']}:{config}" if config else spec["id"]
+    rows = [dict(row) for row in data]
+    return _Table("row", list(enumerate(rows, start=1))), Source(
+        "hub", where, revision=commit[1] if commit else revision
+    )
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def _fault(column: str, value: object) -> str | None:
+    """Say why a value is no prompt."""
+    if value is None:
+        return f"has no `{column}`"
+    if not isinstance(value, str):
+        return f"`{column}` is {_kind(value)}, not text"
+    # JSON can spell half of a surrogate pair, which no tokenizer can encode.
+    size = len(value.encode("utf-8", "surrogatepass"))
+    faults = {
+        "is empty": not value.strip(),
+        "holds a NUL character": "\0" in value,
+        "holds half of a surrogate pair": any("\ud800" <= x <= "\udfff" for x in value),
+        f"is {size} bytes long, more than {MAX_BYTES}": size > MAX_BYTES,
+    }
+    return next((f"`{column}` {fault}" for fault, found in faults.items() if found), None)
+
+
+def _refuse(name: str, unit: str, bad: list[tuple[int, str]]) -> NoReturn:
+    ordered = sorted(bad)
+    shown = [f"  {unit} {number}: {why}" if number else f"  {why}" for number, why in ordered]
+    more = [f"  and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    count = f"{len(bad)} {unit}{'s' if len(bad) > 1 else ''}"
+    raise PromptFileError(
+        "\n".join([f"{name}: {count} cannot be used", *shown[:_SHOWN], *more]),
+        "nothing was loaded: mend or delete what is listed, and save as UTF-8",
+    )
+
+
+def _find_column(name: str, columns: list[str], asked: str | None) -> str:
+    lower = {column.lower(): column for column in reversed(columns)}
+    guesses = [lower[guess] for guess in PROMPT_COLUMNS if guess in lower]
+    if asked is None and guesses:
+        return guesses[0]
+    if asked in columns:
+        return str(asked)
+    near = get_close_matches(str(asked), columns, n=1) if asked else []
+    tried = f"the column `{asked}`" if asked else f"a column called {', '.join(PROMPT_COLUMNS)}"
+    raise PromptFileError(
+        f"{name} does not have {tried}; it has: {', '.join(columns)}",
+        f"did you mean `{near[0]}`?" if near else "name the column: FILE?column=NAME",
+    )
+
+
+def _select(
+    name: str, table: _Table, selectors: Mapping[str, str]
+) -> list[tuple[int, dict[str, Any]]]:
+    rows = table.rows
+    for key, wanted in selectors.items():
+        if key not in table.columns:
+            raise PromptFileError(
+                f"{name} does not have the column `{key}`; it has: {', '.join(table.columns)}",
+                "select by a column that exists: FILE?COLUMN=VALUE",
+            )
+        kept = [(number, row) for number, row in rows if _text(row.get(key)) == wanted]
+        if not kept:
+            raise _no_such_value(name, key, wanted, {_text(row.get(key)) for _, row in rows})
+        rows = kept
+    return rows
+
+
+def _selectors(spec: str, **given: str | None) -> tuple[str, dict[str, str]]:
+    """Take `?key=value&...` off a spec, and add what was given as an argument."""
+    where, mark, query = spec.partition("?")
+    # A file may have a question mark in its name. Path.is_file raises on names that are too long.
+    if not mark or os.path.isfile(spec):  # noqa: PTH113
+        where, query = spec, ""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ConfigError(
+            f"`?{query}` selects nothing: {error}", "write FILE?column=prompt&label=harmful"
+        ) from error
+    pairs += [(key, value) for key, value in given.items() if value is not None]
+    chosen: dict[str, str] = {}
+    for key, value in pairs:
+        if chosen.setdefault(key, value) != value:
+            raise ConfigError(
+                f"`{key}` is asked to be `{chosen[key]}` and `{value}`", "ask for one value"
+            )
+    return where, chosen
+
+
+def load(
+    spec: str, *, column: str | None = None, label: str | None = None, split: str | None = None
+) -> PromptSet:
+    """Load prompts, all of them or none.
+
+    Args:
+        spec: One of
+
+            - a packaged name: `audit`;
+            - a file, by its suffix: `.jsonl`, `.json` (a list), `.csv`, `.tsv`, `.txt` (one prompt
+              a line), `.parquet` (extra `parquet`);
+            - a dataset on the hub (extra `hub`): `org/name`, `org/name:config`,
+              `org/name@revision`.
+
+            Selectors may follow: `FILE?label=harmful&split=fit` keeps the rows whose columns have
+            these values, whatever the columns are called, and `column=goal` names the column of
+            the prompts. They are URL-encoded: a space is `%20` or `+`. For the hub, `split` is
+            the dataset's own.
+        column: The column of the prompts; the first of `PROMPT_COLUMNS` that exists, in either
+            case, if it is not given.
+        label: As the selector `label`.
+        split: As the selector `split`.
+
+    Raises:
+        PromptFileError: The file is missing, a folder, unreadable, empty or of another format, or
+            rows cannot be used: the first 20 of them are listed with the reason. A prompt must be
+            text of 1 to 100,000 bytes of UTF-8 without NUL. Only rows that are selected count.
+        UnknownNameError: No row has a value that was selected.
+        ConfigError: A selector is malformed, or given twice with different values.
+        MissingExtraError: The extra `hub` or `parquet` is not installed.
+    """
+    where, selectors = _selectors(spec, column=column, label=label, split=split)
+    column = selectors.pop("column", None)
+    hub = _HUB.fullmatch(where)
+    if not where:
+        raise PromptFileError("no prompts were named", f"packaged are: {', '.join(packaged())}")
+    if where in packaged():
+        table = _read_jsonl((files("demur") / packaged()[where]).read_bytes())
+        source = Source("packaged", where)
+    elif hub and Path(where).suffix.lower() not in _READERS and not Path(where).exists():
+        table, source = _from_hub(hub, selectors.pop("split", None))
+    else:
+        table, source = _from_file(Path(where).expanduser()), Source("file", where)
+
+    # Lines that are not even rows come first: without them, columns and values mean little.
+    if table.bad and not table.rows:
+        _refuse(where, table.unit, table.bad)
+    if not table.rows:
+        raise PromptFileError(f"{where} holds no prompts", "add some, one a line")
+    column = _find_column(where, table.columns, column)
+    rows = _select(where, table, selectors)
+    faults = [(number, _fault(column, row.get(column))) for number, row in rows]
+    bad = table.bad + [(number, why) for number, why in faults if why]
+    if bad:
+        _refuse(where, table.unit, bad)
+    optional = [name for name in Prompt.__slots__ if name not in ("text", column)]
+    prompts = tuple(
+        Prompt(row[column], **{name: _text(row.get(name)) or None for name in optional})
+        for _, row in rows
+    )
+    licences = {_text(row.get("license") or row.get("licence")) for _, row in rows} - {None}
+    licence = "; ".join(sorted(str(licence) for licence in licences)) or None
+    return PromptSet(spec, prompts, replace(source, licence=licence))
+
+
+# Content
+
+
+def normalise(text: str) -> str:
+    """Reduce a text to what counts when two are compared.
+
+    NFKC, case folded, white space collapsed, punctuation at the end taken off; a text of nothing
+    but punctuation keeps it.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    spaced = " ".join(folded.split())
+    end = len(spaced)
+    while end and (spaced[end - 1] == " " or unicodedata.category(spaced[end - 1])[0] == "P"):
+        end -= 1
+    return spaced[:end] or spaced
+
+
+def _words(text: str) -> frozenset[str]:
+    normal = normalise(text)
+    return frozenset(_WORD.findall(normal)) or frozenset([normal])
+
+
+def _by_words(prompts: Sequence[Prompt]) -> dict[frozenset[str], list[int]]:
+    found: dict[frozenset[str], list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        found[_words(prompt.text)].append(index)
+    return found
+
+
+def _near(
+    a: Sequence[frozenset[str]], b: Sequence[frozenset[str]], threshold: float
+) -> Iterator[tuple[int, int, float]]:
+    """Yield every i, j and Jaccard index of `a[i]` and `b[j]` that reaches the threshold.
+
+    Two sets this similar share a word among the rarest few of each (prefix filtering), and enough
+    of them that the words beyond could make up the rest; only such pairs are compared in full.
+
+    References:
+        Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", 2007.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ConfigError(f"the threshold is {threshold}", "give a Jaccard index above 0, up to 1")
+    if len(a) > len(b):  # Few look-ups in a large index are faster than many in a small one.
+        yield from ((i, j, jaccard) for j, i, jaccard in _near(b, a, threshold))
+        return
+    count = Counter(word for words in (*a, *b) for word in words)
+
+    def rarest(words: frozenset[str]) -> list[str]:
+        # In floating point 0.7 * 10 is above 7, and the ceiling would drop a pair.
+        least_shared = ceil(threshold * len(words) - 1e-9)
+        ordered = sorted(words, key=lambda word: (count[word], word))
+        return ordered[: len(words) - least_shared + 1]
+
+    index: dict[str, list[int]] = defaultdict(list)
+    beyond = np.zeros(len(b), dtype=int)
+    for j, words in enumerate(b):
+        rare = rarest(words)
+        beyond[j] = len(words) - len(rare)
+        for word in rare:
+            index[word].append(j)
+    found_in = {word: np.array(js) for word, js in index.items()}
+    size = np.array([len(words) for words in b])
+    for i, words in enumerate(a):
+        rare = rarest(words)
+        hits = [found_in[word] for word in rare if word in found_in]
+        if not hits:
+            continue
+        shared = np.bincount(np.concatenate(hits), minlength=len(b))
+        most = shared + np.maximum(beyond, len(words) - len(rare))
+        needed = threshold / (1 + threshold) * (size + len(words)) - 1e-9
+        for j in np.flatnonzero((shared > 0) & (most >= needed)).tolist():
+            both = len(words & b[j])
+            jaccard = both / (len(words) + len(b[j]) - both)
+            if jaccard >= threshold:
+                yield i, j, jaccard
+
+
+def overlap(a: PromptSet, b: PromptSet, *, threshold: float = 0.6) -> list[Overlap]:
+    """List the prompts that two sets share, exactly or nearly, in order of `a`, then of `b`.
+
+    Args:
+        a: One set.
+        b: The other; a set compared with itself overlaps everywhere.
+        threshold: Least Jaccard index of the sets of words, above 0, up to 1.
+
+    Raises:
+        ConfigError: The threshold is out of range.
+    """
+    in_a, in_b = _by_words(a.prompts), _by_words(b.prompts)
+    of_a, of_b = list(in_a.values()), list(in_b.values())
+    found = sorted(
+        (x, y, jaccard)
+        for i, j, jaccard in _near(list(in_a), list(in_b), threshold)
+        for x in of_a[i]
+        for y in of_b[j]
+    )
+    return [Overlap(a.prompts[x], b.prompts[y], jaccard) for x, y, jaccard in found]
+
+
+def deduplicate(prompts: PromptSet) -> tuple[PromptSet, tuple[Prompt, ...]]:
+    """Keep the first of prompts that are equal after `normalise`; return the removed ones too."""
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        first.setdefault(normalise(prompt.text), index)
+    kept = set(first.values())
+    removed = tuple(prompt for index, prompt in enumerate(prompts) if index not in kept)
+    return prompts._only(kept), removed
+
+
+def drop_overlaps(
+    keep: PromptSet, other: PromptSet, *, threshold: float = 0.6
+) -> tuple[PromptSet, tuple[Prompt, ...]]:
+    """Take out of `other` what overlaps `keep`; return the rest of `other`, and what was removed.
+
+    Raises:
+        ConfigError: The threshold is out of range.
+    """
+    kept_words, words = _by_words(keep.prompts), _by_words(other.prompts)
+    places = list(words.values())
+    gone = {x for _, j, _ in _near(list(kept_words), list(words), threshold) for x in places[j]}
+    rest = other._only(set(range(len(other))) - gone)
+    return rest, tuple(other.prompts[index] for index in sorted(gone))
+
+
+def check_disjoint(named: Mapping[str, PromptSet], *, threshold: float = 0.6) -> None:
+    """Make sure that no two of these sets overlap.
+
+    Raises:
+        OverlapError: Some do; the first five pairs are shown.
+        ConfigError: The threshold is out of range.
+    """
+    found = [
+        (one, two, pair)
+        for one, two in combinations(named, 2)
+        for pair in overlap(named[one], named[two], threshold=threshold)
+    ]
+    if found:
+        shown = [
+            f"  {one}: {pair.a.text[:80]!r}\n  {two}: {pair.b.text[:80]!r} ({pair.jaccard:.2f})"
+            for one, two, pair in found[:5]
+        ]
+        raise OverlapError(
+            "\n".join([f"{len(found)} pairs of prompts are the same or nearly so:", *shown]),
+            "split them together (`demur.prompts.split`), or leave out one side "
+            "(`demur.prompts.drop_overlaps`)",
+        )
+
+
+def _units(prompts: PromptSet, threshold: float) -> list[list[list[int]]]:
+    """Groups of near-duplicates; each is a list of units, and a unit (a `pair`) is never cut."""
+    parent = list(range(len(prompts)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    pairs: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        pairs[f"pair {prompt.pair}" if prompt.pair else f"prompt {index}"].append(index)
+    same = _by_words(prompts.prompts)
+    places, words = list(same.values()), list(same)
+    for indices in [*pairs.values(), *places]:
+        for index in indices:
+            parent[root(index)] = root(indices[0])
+    for i, j, _ in _near(words, words, threshold):
+        parent[root(places[i][0])] = root(places[j][0])
+    groups: dict[int, list[list[int]]] = defaultdict(list)
+    for unit in pairs.values():
+        groups[root(unit[0])].append(unit)
+    return list(groups.values())
+
+
+def _deal(
+    groups: Sequence[list[list[int]]], sizes: Mapping[str, int]
+) -> tuple[dict[str, list[int]], list[int]]:
+    """Fill each split with whole groups, then with parts of one; also return what is left over."""
+    dealt: dict[str, list[int]] = {name: [] for name in sizes}
+    left = list(groups)
+    for name, size in sizes.items():
+        later = []
+        for group in left:
+            members = [index for unit in group for index in unit]
+            fits = len(dealt[name]) + len(members) <= size
+            if fits:
+                dealt[name] += members
+            else:
+                later.append(group)
+        left = later
+    for name, size in sizes.items():
+        later = []
+        for group in left:
+            room = size - len(dealt[name])
+            if not any(len(unit) <= room for unit in group):
+                later.append(group)
+                continue
+            # What does not fit is dropped: elsewhere it would be a near-duplicate of this part.
+            for unit in group:
+                if len(unit) <= size - len(dealt[name]):
+                    dealt[name] += unit
+        left = later
+    return dealt, [index for group in left for unit in group for index in unit]
+
+
+def split(
+    prompts: PromptSet, sizes: Mapping[str, int], *, seed: int, threshold: float = 0.6
+) -> dict[str, PromptSet]:
+    """Divide prompts into disjoint parts of the given sizes.
+
+    Near-duplicates never stand in two parts; where not all of them fit into one, the rest is left
+    out. Prompts with the same `pair` are never parted. Who goes where depends on seed, texts and
+    pairs alone, not on the order of the file; and pairs whose members are split apart by label
+    first land alike, as far as sizes and near-duplicates allow.
+
+    Args:
+        prompts: What to divide.
+        sizes: How many prompts each part gets; what is left over goes nowhere.
+        seed: Of the order in which prompts are dealt.
+        threshold: As for `overlap`.
+
+    Returns:
+        The parts, each in the order of the file, of exactly the given sizes.
+
+    Raises:
+        TooFewPromptsError: There are too few, or near-duplicates and pairs leave too few; it says
+            how many are missing.
+        ConfigError: A size is negative, or the threshold is out of range.
+    """
+    if any(size < 0 for size in sizes.values()):
+        raise ConfigError(f"got the sizes {dict(sizes)}", "give 0 or more")
+    asked = sum(sizes.values())
+    if asked > len(prompts):
+        raise TooFewPromptsError(
+            f"{prompts.name} has {len(prompts)} prompts, {asked - len(prompts)} fewer than the "
+            f"{asked} of {', '.join(f'{name} ({size})' for name, size in sizes.items())}",
+            "ask for smaller parts, or give more prompts",
+        )
+
+    def key(group: list[list[int]]) -> bytes:
+        members = [prompts.prompts[index] for unit in group for index in unit]
+        return _rank(seed, min(member.pair or normalise(member.text) for member in members))
+
+    groups = sorted(_units(prompts, threshold), key=key)
+    # Dealt in that order, a large group may find no room; largest first, it does more often.
+    by_size = sorted(groups, key=lambda group: -sum(map(len, group)))
+    dealt: dict[str, list[int]] = {}
+    for order in (groups, by_size):
+        dealt, left = _deal(order, sizes)
+        short = {name: size - len(dealt[name]) for name, size in sizes.items()}
+        if not any(short.values()):
+            return {
+                name: prompts._only(indices, name=f"{prompts.name}/{name}")
+                for name, indices in dealt.items()
+            }
+    missing = ", ".join(f"{name} ({count})" for name, count in short.items() if count)
+    raise TooFewPromptsError(
+        f"{sum(short.values())} prompts are missing to fill {missing}: the {len(prompts)} of "
+        f"{prompts.name} form {len(groups)} groups of near-duplicates and pairs, which are kept "
+        f"together, and {len(left)} prompts fit nowhere",
+        "ask for smaller parts (even ones if the prompts are paired), or give more prompts",
+    )
+
+
+def presplit(prompts: PromptSet) -> dict[str, PromptSet]:
+    """Divide prompts as their `split` field says, in order of first appearance.
+
+    Raises:
+        PromptFileError: A prompt does not say which split it is in.
+    """
+    silent = sum(prompt.split is None for prompt in prompts)
+    if silent or not len(prompts):
+        raise PromptFileError(
+            f"{silent} of the {len(prompts)} prompts of {prompts.name} name no split",
+            "give every row a `split`, or none and let demur split them",
+        )
+    parts: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        parts[str(prompt.split)].append(index)
+    return {
+        name: prompts._only(indices, name=f"{prompts.name}/{name}")
+        for name, indices in parts.items()
+    }

@@ -1,0 +1,665 @@
+"""Charts of an audit: each a Vega-Lite specification, drawn once to a static SVG.
+
+The specifications name paints that do not exist as colours (`#010101`); `svg` swaps them for the
+page's CSS variables, so that one drawing reads well on a light, a dark and a printed page.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import altair as alt
+import numpy as np
+import vl_convert
+from altair.utils.schemapi import debug_mode
+from markupsafe import Markup
+
+from demur.report.words import number, readable, token
+from demur.results import (
+    AuditResults,
+    Candidate,
+    Dose,
+    NullBand,
+    PositionInfo,
+    Projections,
+    Reading,
+)
+from demur.stats import Estimate
+
+INK, MUTED, LINE = "#010101", "#010102", "#010103"
+HARMFUL, HARMLESS, ACCENT = "#010104", "#010105", "#010106"
+FAINT, CARD = "#010107", "#010108"
+FALL, RISE, COST = "#010109", "#01010a", "#01010b"
+PAINTS = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    HARMFUL: "var(--harmful)",
+    HARMLESS: "var(--harmless)",
+    ACCENT: "var(--accent)",
+    FAINT: "var(--faint)",
+    CARD: "var(--card)",
+    FALL: "var(--fall)",
+    RISE: "var(--rise)",
+    COST: "var(--cost)",
+}
+WIDE, BROAD, HALF, NARROW = 940, 680, 456, 340
+THEME = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": MUTED,
+        "titleColor": MUTED,
+        "domainColor": LINE,
+        "tickColor": LINE,
+        "gridColor": LINE,
+        "labelFontSize": 11,
+        "titleFontSize": 11.5,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+        "labelPadding": 4,
+    },
+    "axisQuantitative": {"labelFlush": False, "labelOverlap": "greedy", "labelSeparation": 7},
+    "legend": {
+        "labelColor": INK,
+        "titleColor": MUTED,
+        "labelFontSize": 11.5,
+        "titleFontSize": 11.5,
+        "titleFontWeight": "normal",
+    },
+    "text": {"fontSize": 11.5},
+    "scale": {"bandPaddingInner": 0.04},
+}
+KIND_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+# Marks whose description starts so keep it as the browser's own tooltip.
+_TIP = "\u2063"
+_DROPPED = frozenset(
+    {"pointer-events", "stroke-miterlimit", "font-family", "aria-label", "aria-hidden"}
+    | {"aria-roledescription", "class", "role", "version"}
+)
+
+Rows = list[dict[str, Any]]
+Score = Callable[[Candidate], Estimate | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One chart in two widths, of which CSS shows the one that fits.
+
+    Attributes:
+        label: What a screen reader says in its place.
+    """
+
+    label: str
+    wide: Markup
+    narrow: Markup
+
+
+def site_key(site: str) -> tuple[int, int, str]:
+    """Where a site comes in the forward pass; unknown names go last."""
+    layer, _, kind = site.partition(".")
+    order = KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER)
+    return (int(layer) if layer.isdecimal() else 1 << 30, order, site)
+
+
+def site_ticks(sites: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Short axis labels for `sites`, and the axis title that says what they are short for.
+
+    The commonest kind is left to the title; a site of another kind keeps its kind, after a "|"
+    where the axis breaks the line.
+    """
+    kinds = [site.partition(".")[2] for site in sites]
+    common = max(set(kinds), key=kinds.count, default="")
+    ticks = {}
+    for site, kind in zip(sites, kinds, strict=True):
+        layer = site.partition(".")[0]
+        ticks[site] = layer if kind == common else f"{layer}|{kind.removeprefix('resid_')}"
+    return ticks, f"site: N stands for N.{common}"
+
+
+def spaced(labels: Sequence[str], room: float) -> list[str]:
+    """As many of `labels`, evenly, as fit into `room` pixels; always the first and the last."""
+    step = max(math.ceil(len(labels) * 26 / room), 1)
+    kept = list(labels[::step])
+    if labels and kept[-1] != labels[-1]:
+        if (len(labels) - 1) % step < step / 2 and len(kept) > 1:
+            kept.pop()
+        kept.append(labels[-1])
+    return kept
+
+
+def position_label(info: PositionInfo) -> str:
+    """A position, its token and its role on one line."""
+    return f"{token(info.text)}  {number(info.position, '.0f')}" + (
+        "  t_inst" if info.role == "t_inst" else ""
+    )
+
+
+def svg(chart: alt.Chart | alt.LayerChart, *, name: str, label: str) -> Markup:
+    """Draw `chart` as inline SVG: no script, no font, no address, no id that another has.
+
+    Args:
+        chart: What to draw.
+        name: Prefix of every id inside, unique on the page.
+        label: Alternative text.
+    """
+    drawn = vl_convert.vegalite_to_svg(
+        chart.to_dict(validate=False), config=THEME, allowed_base_urls=[]
+    )
+    root = ElementTree.fromstring(drawn)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _invisible(child):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        _tidy(element, name)
+    width = float(root.attrib.pop("width"))
+    root.attrib.pop("height")
+    root.attrib.update({"role": "img", "aria-label": readable(label)})
+    root.set("style", f"max-width:{width:.0f}px")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def figure(
+    make: Callable[[int], alt.Chart | alt.LayerChart], *, name: str, label: str, wide: int = HALF
+) -> Figure:
+    """Draw what `make` gives at a desktop's and at a telephone's width."""
+    # Altair checks each step of building against its schema: two thirds of the time, and a matter
+    # for tests, since the specifications vary in data only.
+    with debug_mode(False):
+        return Figure(
+            label,
+            svg(make(wide), name=f"{name}-w", label=label),
+            svg(make(NARROW), name=f"{name}-n", label=label),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """How a score becomes ink: none at one end of the scale, full at the other.
+
+    Attributes:
+        diverging: Ink by distance from zero, its colour by sign; else by the log of the score.
+        low: Score at the lower end of the scale.
+        high: Score at the upper end.
+    """
+
+    diverging: bool
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: Sequence[float], *, diverging: bool) -> "Ramp":
+        """The ramp that just holds all of `values`; a diverging one reaches 3 at least."""
+        if diverging:
+            # Below 3 log-odds the page stays pale: noise must not look like an effect.
+            bound = max([3.0, *map(abs, values)])
+            return cls(diverging, -bound, bound)
+        positive = [value for value in values if value > 0] or [0.001, 1.0]
+        low, high = max(min(positive), 1e-6), max(positive)
+        return cls(diverging, low, high if high > low else 10 * low)
+
+    def __call__(self, value: float) -> tuple[str, float]:
+        """The paint of a score, and its share of ink from 0 to 1."""
+        if self.diverging:
+            return (FALL if value < 0 else RISE), abs(value) / self.high
+        return COST, self.share(value)
+
+    def share(self, value: float) -> float:
+        """How far along the scale a score lies, cut off at both ends."""
+        if self.diverging:
+            part = (value - self.low) / (self.high - self.low)
+        else:
+            part = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+        return min(max(part, 0.0), 1.0)
+
+
+def heat_map(results: AuditResults, width: int, *, score: Score, ramp: Ramp) -> alt.LayerChart:
+    """One score of every candidate; upright on a narrow page, lying on a wide one.
+
+    A full cell passed every criterion, a small one was rejected, a cross was not measured, and a
+    frame marks the direction that was chosen. Ink goes from the page's own colour to full, so that
+    "no effect" recedes on light and on dark pages alike.
+    """
+    sites = sorted({row.site for row in results.candidates}, key=site_key)
+    ticks, site_title = site_ticks(sites)
+    infos = {info.position: info for info in results.positions}
+    order = sorted({row.position for row in results.candidates} | set(infos))
+    names = {at: position_label(infos[at]) if at in infos else str(at) for at in order}
+    rows: Rows = []
+    for row in results.candidates:
+        value = score(row)
+        paint, ink = (CARD, 0.0) if value is None else ramp(value.value)
+        shown = "not measured" if value is None else number(value.value)
+        fate = "" if row.exact else "screened; "
+        fate += "chosen; " if row.selected else ""
+        fate += f"rejected by {row.rejected_by}" if row.rejected_by else "passed every criterion"
+        rows.append(
+            {
+                "site": ticks[row.site],
+                "position": names[row.position],
+                "paint": paint,
+                "ink": round(0.04 + 0.96 * ink, 3),
+                "state": "missing"
+                if value is None
+                else "rejected"
+                if row.rejected_by
+                else "passed",
+                "chosen": row.selected,
+                "tip": tip(f"{row.site}, {names[row.position]}: {shown}; {fate}"),
+            }
+        )
+    upright = width <= NARROW
+    along = [ticks[site] for site in sites]
+    across = [names[at] for at in order]
+    if upright:
+        x = alt.X("position:N", sort=across, title=None).axis(
+            orient="top", labelAngle=-90, labelLimit=140
+        )
+        y = alt.Y("site:N", sort=along, title=site_title).axis(
+            labelExpr="replace(datum.label, '|', ' ')"
+        )
+    else:
+        x = alt.X("site:N", sort=along, title=site_title).axis(
+            labelExpr="split(datum.label, '|')", labelAngle=0, values=spaced(along, width - 130)
+        )
+        y = alt.Y("position:N", sort=across, title=None).axis(labelLimit=170)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y, description="tip:N")
+    inked = {
+        "fill": alt.Fill("paint:N", scale=None),
+        "fillOpacity": alt.FillOpacity("ink:Q", scale=None),
+    }
+    full, small = alt.RelativeBandSize(0.94), alt.RelativeBandSize(0.56)
+    ring = base.transform_filter("datum.chosen")
+    layers = [
+        base.transform_filter("datum.state == 'rejected'")
+        .mark_rect(width=small, height=small, stroke=LINE, strokeWidth=0.8)
+        .encode(**inked),
+        base.transform_filter("datum.state == 'passed'")
+        .mark_rect(width=full, height=full, stroke=LINE, strokeWidth=0.8)
+        .encode(**inked),
+        base.transform_filter("datum.state == 'missing'").mark_point(
+            shape="M-.6,-.6L.6,.6M.6,-.6L-.6,.6",
+            size=90,
+            stroke=MUTED,
+            filled=False,
+            strokeWidth=1.2,
+        ),
+        ring.mark_rect(fill=None, stroke=CARD, strokeWidth=5, strokeOpacity=1),
+        ring.mark_rect(fill=None, stroke=INK, strokeWidth=2.5, strokeOpacity=1),
+    ]
+    height = 60 + 15 * len(sites) + 80 if upright else 62 + 21 * len(order)
+    room = _room(across)
+    return _sized(layers, width, height, left=0 if upright else room, top=room if upright else 0)
+
+
+def forest(rows: Rows, width: int, *, title: str) -> alt.LayerChart:
+    """Changes with their intervals, one line an arm; random directions share a line.
+
+    Args:
+        rows: Of `row`, `value`, `low`, `high`, `random` and `tip`; the order is kept.
+        width: Pixels.
+        title: Of the axis, with its unit.
+    """
+    order = list(dict.fromkeys(row["row"] for row in rows))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        y=alt.Y("row:N", sort=order, title=None).axis(
+            labelExpr="split(datum.label, '|')", labelLimit=150, grid=True, ticks=False
+        ),
+        description="tip:N",
+    )
+    chosen, chance = (
+        base.transform_filter("!datum.random"),
+        base.transform_filter("datum.random"),
+    )
+    span = {"x": alt.X("low:Q", title=title), "x2": "high:Q"}
+    layers = [
+        _zero("x"),
+        chance.mark_rule(stroke=MUTED, strokeOpacity=0.45, strokeWidth=1.5).encode(**span),
+        chance.mark_point(stroke=MUTED, fill=CARD, size=34).encode(x=alt.X("value:Q", title=title)),
+        chosen.mark_rule(stroke=ACCENT, strokeWidth=2.5).encode(**span),
+        chosen.mark_point(stroke=ACCENT, fill=ACCENT, size=70, shape="diamond").encode(x="value:Q"),
+    ]
+    room = _room(part for name in order for part in name.split("|"))
+    return _sized(layers, width, 56 + 38 * len(order), left=room)
+
+
+def curves(
+    results: AuditResults,
+    width: int,
+    *,
+    score: Callable[[Reading], tuple[float, float, float]],
+    title: str,
+    guide: float | None,
+) -> alt.LayerChart:
+    """One score of every reading against depth; `t_inst` and the last token stand out."""
+    sites = sorted({row.site for row in results.readings}, key=site_key)
+    ticks, site_title = site_ticks(sites)
+    infos = {info.position: info for info in results.positions}
+    last = max((row.position for row in results.readings), default=-1)
+
+    def series(position: int) -> str:
+        if position in infos and infos[position].role == "t_inst":
+            return "t_inst"
+        return "last token" if position == last else "between"
+
+    rows: Rows = []
+    for row in sorted(results.readings, key=lambda row: (row.position, site_key(row.site))):
+        value, low, high = score(row)
+        chosen = (row.site, row.position) == (results.direction.site, results.direction.position)
+        rows.append(
+            {
+                "site": ticks[row.site],
+                "position": row.position,
+                "series": series(row.position),
+                "value": value,
+                "low": low,
+                "high": high,
+                "chosen": chosen,
+                "tip": tip(f"{row.site}, position {row.position}: {number(value)}"),
+            }
+        )
+    domain = ["t_inst", "last token", "between"]
+    scale = alt.Scale(domain=domain, range=[ACCENT, HARMLESS, FAINT])
+    dash = alt.Scale(domain=domain, range=[[1, 0], [6, 3], [1, 0]])
+    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=260)
+    low = min((row["low"] for row in rows), default=0.0)
+    y_scale = (
+        alt.Scale(zero=True)
+        if guide is None
+        else alt.Scale(domain=[max(0.0, math.floor(20 * min(low, guide)) / 20), 1], nice=False)
+    )
+    y = alt.Y("value:Q", title=title, scale=y_scale)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("site:O", sort=[ticks[site] for site in sites], title=site_title).axis(
+            labelExpr="split(datum.label, '|')",
+            labelAngle=0,
+            values=spaced([ticks[site] for site in sites], width - 70),
+            grid=False,
+        ),
+        detail="position:N",
+    )
+    shown = base.transform_filter("datum.series != 'between'")
+    colour = alt.Color("series:N", scale=scale, legend=legend)
+    stroke = alt.StrokeDash("series:N", scale=dash, legend=legend)
+    lines = {"y": y, "color": colour, "strokeDash": stroke}
+    layers: list[alt.Chart] = [
+        base.transform_filter("datum.series == 'between'")
+        .mark_line(strokeWidth=1, opacity=0.8)
+        .encode(**lines),
+        shown.mark_area(opacity=0.18).encode(
+            y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q", color=colour
+        ),
+        shown.mark_line(strokeWidth=2.2).encode(**lines),
+        base.transform_filter("datum.chosen")
+        .mark_point(stroke=INK, fill=CARD, size=80, strokeWidth=2, opacity=1)
+        .encode(y=y, description="tip:N"),
+    ]
+    if guide is not None:
+        layers.insert(0, _guide("y", guide, scale=y_scale))
+    return _sized(layers, width, 270)
+
+
+def projections(rows: Projections, width: int) -> alt.LayerChart:
+    """Counts of prompts by projection: harmful above the line, harmless below it."""
+    pooled = np.asarray([*rows.harmful, *rows.harmless], dtype=float)
+    edges = np.histogram_bin_edges(pooled, bins=26 if width > NARROW else 20)
+    bars: Rows = []
+    for name, values, sign in (("harmful", rows.harmful, 1), ("harmless", rows.harmless, -1)):
+        counts = np.histogram(values, bins=edges)[0]
+        for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
+            if count:
+                said = f"{name}: {count} prompts from {number(start)} to {number(end)}"
+                bars.append(
+                    {
+                        "class": name,
+                        "count": sign * int(count),
+                        "start": float(start),
+                        "end": float(end),
+                        "tip": tip(said),
+                    }
+                )
+    medians: Rows = [
+        {"at": float(np.median(values)), "to": sign * _tallest(bars, name)}
+        for name, values, sign in (("harmful", rows.harmful, 1), ("harmless", rows.harmless, -1))
+        if values
+    ]
+    colour = alt.Color(
+        "class:N",
+        scale=alt.Scale(domain=["harmful", "harmless"], range=[HARMFUL, HARMLESS]),
+        legend=alt.Legend(title=None, orient="top", symbolType="square"),
+    )
+    x_title = "projection on the direction (residual-stream units)"
+    y_title = "prompts (harmless downwards)"
+    span = alt.X("start:Q", title=x_title, scale=alt.Scale(zero=False, nice=False))
+    layers = [
+        alt.Chart(alt.InlineData(values=bars))
+        .mark_rect(stroke=CARD, strokeWidth=1)
+        .encode(
+            x=span,
+            x2="end:Q",
+            y=alt.Y("count:Q", title=y_title).axis(labelExpr="format(abs(datum.value), 'd')"),
+            y2=alt.datum(0),
+            color=colour,
+            description="tip:N",
+        ),
+        _zero("y", INK),
+        alt.Chart(alt.InlineData(values=medians))
+        .mark_rule(stroke=INK, strokeWidth=1.5, strokeDash=[3, 2])
+        .encode(x=alt.X("at:Q", title=x_title), y=alt.Y("to:Q", title=y_title), y2=alt.datum(0)),
+    ]
+    return _sized(layers, width, 260)
+
+
+def dose(doses: Sequence[Dose], width: int, *, cost: bool) -> alt.LayerChart:
+    """Addition against strength: refusal log-odds of both classes, or what it costs in KL."""
+    rows: Rows = []
+    for row in sorted(doses, key=lambda row: row.strength):
+        pairs = [("harmless", row.harmless), ("harmful", row.harmful)]
+        for name, estimate in [("KL", row.kl)] if cost else pairs:
+            rows.append(_measured(estimate, {"strength": row.strength, "class": name}))
+    names = ["KL"] if cost else ["harmful", "harmless"]
+    paints = [ACCENT] if cost else [HARMFUL, HARMLESS]
+    legend = None if cost else alt.Legend(title=None, orient="top", symbolSize=90, symbolOpacity=1)
+    colour = alt.Color("class:N", scale=alt.Scale(domain=names, range=paints), legend=legend)
+    shape = alt.Shape(
+        "class:N",
+        scale=alt.Scale(domain=names, range=["circle", "square"][: len(names)]),
+        legend=legend,
+    )
+    title = "KL on harmless prompts (nats)" if cost else "refusal log-odds"
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("strength:Q", title="strength (multiples of the direction's own length)"),
+        color=colour,
+    )
+    y = alt.Y("value:Q", title=title)
+    layers = [
+        _guide("x", 1.0),
+        _zero("y"),
+        base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
+        base.mark_line(strokeWidth=2.2).encode(y=y),
+        base.mark_point(filled=True, size=48, opacity=1).encode(
+            y=y, shape=shape, description="tip:N"
+        ),
+    ]
+    return _sized(layers, width, 260)
+
+
+def null_strips(
+    nulls: Sequence[NullBand],
+    width: int,
+    *,
+    score: Callable[[NullBand], list[float]],
+    title: str,
+    here: float | None,
+    here_name: str = "the direction",
+) -> alt.LayerChart:
+    """Every random direction as a tick, one line a family, and the direction's own value."""
+    order = [f"{band.family.replace('-', '|')}" for band in nulls]
+    rows: Rows = [
+        {"family": name, "value": value, "tip": tip(f"{band.family}: {number(value)}")}
+        for name, band in zip(order, nulls, strict=True)
+        for value in score(band)
+    ]
+    x = alt.X("value:Q", title=title)
+    y = alt.Y("family:N", sort=order, title=None).axis(
+        labelExpr="split(datum.label, '|')", ticks=False, grid=True
+    )
+    layers: list[alt.Chart] = [
+        _zero("x"),
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_tick(thickness=1.6, size=20, color=MUTED, opacity=0.6)
+        .encode(x=x, y=y, description="tip:N"),
+    ]
+    if here is not None:
+        spot = alt.Chart(alt.InlineData(values=[{"value": here, "text": here_name}]))
+        values = [row["value"] for row in rows] + [here, 0.0]
+        left = here - min(values) < (max(values) - min(values)) / 2
+        layers += [
+            spot.mark_rule(stroke=ACCENT, strokeWidth=2.5).encode(x=x),
+            spot.mark_text(
+                align="left" if left else "right",
+                dx=5 if left else -5,
+                y=8,
+                color=ACCENT,
+                fontWeight="bold",
+            ).encode(x=x, text="text:N"),
+        ]
+    return _sized(layers, width, 80 + 40 * len(order))
+
+
+def trade_off(rows: Rows, width: int) -> alt.LayerChart:
+    """What each edit buys against what it costs, numbered as in the table beside it.
+
+    Args:
+        rows: Of `number`, `kl`, `kl_low`, `kl_high`, `bypass`, `low`, `high`, `main` and `tip`.
+        width: Pixels.
+    """
+    x_title, y_title = "KL on harmless prompts (nats)", "change of refusal log-odds"
+    x, y = alt.X("kl:Q", title=x_title), alt.Y("bypass:Q", title=y_title)
+    base = alt.Chart(alt.InlineData(values=rows))
+    paint = alt.Color(
+        "main:N", scale=alt.Scale(domain=[True, False], range=[ACCENT, MUTED]), legend=None
+    )
+    marks = base.encode(color=paint)
+    layers = [
+        _zero("y"),
+        marks.mark_rule(strokeOpacity=0.5, strokeWidth=1.5).encode(
+            x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q"
+        ),
+        marks.mark_rule(strokeOpacity=0.5, strokeWidth=1.5).encode(
+            x=alt.X("kl_low:Q", title=x_title), x2="kl_high:Q", y=y
+        ),
+        marks.mark_point(filled=True, size=230, opacity=1).encode(x=x, y=y, description="tip:N"),
+        base.mark_text(color=CARD, fontSize=11, fontWeight="bold", dy=0.5).encode(
+            x=x, y=y, text="number:N"
+        ),
+    ]
+    return _sized(layers, width, 300)
+
+
+def _measured(estimate: Estimate, keys: Mapping[str, Any]) -> dict[str, Any]:
+    text = ", ".join(f"{name} {value}" for name, value in keys.items())
+    shown = f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+    return {
+        **keys,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "tip": tip(f"{text}: {shown}, n={estimate.n}"),
+    }
+
+
+def tip(text: str) -> str:
+    """Text that a mark shows while the pointer rests on it."""
+    return _TIP + readable(text)
+
+
+def _tallest(bars: Rows, name: str) -> int:
+    return max((abs(bar["count"]) for bar in bars if bar["class"] == name), default=0)
+
+
+def _zero(axis: str, paint: str = MUTED) -> alt.Chart:
+    return _guide(axis, 0.0, paint=paint, dash=[1, 0])
+
+
+def _guide(
+    axis: str,
+    at: float,
+    *,
+    paint: str = MUTED,
+    dash: Sequence[int] = (4, 3),
+    scale: alt.Scale | None = None,
+) -> alt.Chart:
+    rule = alt.Chart(alt.InlineData(values=[{"guide": at}])).mark_rule(
+        stroke=paint, strokeWidth=1, strokeDash=list(dash), strokeOpacity=0.8
+    )
+    own: dict[str, Any] = {} if scale is None else {"scale": scale}
+    if axis == "x":
+        return rule.encode(x=alt.X("guide:Q", **own))
+    return rule.encode(y=alt.Y("guide:Q", **own))
+
+
+def _room(labels: Iterable[str]) -> float:
+    """Pixels to keep free: a reader's font may be wider than the one labels were measured in."""
+    return 1.1 * max(map(len, labels), default=0)
+
+
+def _sized(
+    layers: Sequence[alt.Chart], width: int, height: int, *, left: float = 0, top: float = 0
+) -> alt.LayerChart:
+    fitted = alt.AutoSizeParams(type="fit", contains="padding")
+    edge = {"left": 4 + left, "top": 4 + top, "right": 8, "bottom": 4}
+    chart = alt.LayerChart(layer=list(layers))
+    return chart.properties(width=width, height=height, autosize=fitted, padding=edge)
+
+
+def _invisible(element: ElementTree.Element) -> bool:
+    if element.tag.endswith("path"):
+        drawn = element.get("d", "")
+        shows = element.get("fill") or element.get("stroke")
+        return not drawn or (element.get("class") in {"background", "foreground"} and not shows)
+    return element.get("fill") == "transparent"
+
+
+def _tidy(element: ElementTree.Element, name: str) -> None:
+    """Rewrite one element's attributes for the page; its tooltip becomes a `<title>`."""
+    said = element.get("aria-label", "")
+    styles: list[str] = []
+    for key, given in list(element.attrib.items()):
+        del element.attrib[key]
+        plain = key.rpartition("}")[2]
+        value = _attribute(plain, given, name)
+        if value is None:
+            continue
+        if value.lower() in PAINTS:
+            styles.append(f"{plain}:{PAINTS[value.lower()]}")
+        else:
+            element.set(plain, value)
+    if styles:
+        element.set("style", ";".join(styles))
+    if said.startswith(_TIP):
+        title = ElementTree.Element("title")
+        title.text = said.removeprefix(_TIP)
+        element.insert(0, title)
+
+
+def _attribute(key: str, value: str, name: str) -> str | None:
+    """What an attribute becomes on the page, None if the page does without it."""
+    if key in _DROPPED or (key == "opacity" and value == "1"):
+        return None
+    if key == "id":
+        return f"{name}-{value}"
+    if key in {"d", "transform"}:
+        return re.sub(r"-?\d+\.\d{2,}(?:e-?\d+)?", lambda found: _short(found[0]), value)
+    return value.replace("url(#", f"url(#{name}-")
+
+
+def _short(digits: str) -> str:
+    return f"{float(digits):.1f}".removesuffix(".0")

@@ -1,0 +1,410 @@
+"""The schema of `results.json`: what an audit measured, every figure with its interval.
+
+A report is drawn from this file and `replies.jsonl` alone, years later and without the model.
+Floats that could not be computed are `None`, never a silent zero.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from demur.errors import StoreError
+from demur.stats import Estimate
+
+SCHEMA_VERSION = 1
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelInfo(_Row):
+    """Which model was measured.
+
+    Attributes:
+        name: What the user asked for.
+        revision: Hub revision, if any.
+        adapter: PEFT adapter merged at load, if any.
+        fingerprint: Hash over architecture, weights and adapter.
+        template: "chat" for the model's own template, "plain" where it has none.
+        template_hash: Hash of the template's text.
+        system: The system prompt given, None for the template's own default.
+        tied: Whether the embedding is also the unembedding.
+        linear_writes: Whether every write to the stream is linear in a weight (no post-norms).
+        fast_dtype: Data type of the copy that screened candidates, wrote the replies and ran the
+            random directions; the same as `dtype` where a narrower one is no faster.
+    """
+
+    name: str
+    revision: str | None
+    adapter: str | None
+    family: str
+    dtype: str
+    device: str
+    fingerprint: str
+    template: Literal["chat", "plain"]
+    template_hash: str
+    system: str | None
+    n_layers: int
+    d_model: int
+    tied: bool
+    linear_writes: bool
+    fast_dtype: str
+
+
+class PositionInfo(_Row):
+    """One token position that candidates are read from.
+
+    Attributes:
+        position: Index from the end of the prompt; -1 is the last token.
+        role: `t_inst`, the last token of the user's instruction, or `post`, a token of the
+            template after it.
+        text: The token as text; for `t_inst`, that of an example prompt.
+    """
+
+    position: int
+    role: Literal["t_inst", "post"]
+    text: str
+
+
+class SplitInfo(_Row):
+    """How many prompts of each class a split holds, and their fingerprints."""
+
+    name: Literal["fit", "select", "calibrate", "report"]
+    harmful: int
+    harmless: int
+    harmful_fingerprint: str
+    harmless_fingerprint: str
+
+
+class PromptsInfo(_Row):
+    """Where prompts came from and what was taken out before splitting.
+
+    Attributes:
+        kept_by_filter: Per split and class, how many the behaviour filter left, if it was on.
+    """
+
+    harmful_source: str
+    harmless_source: str
+    splits: list[SplitInfo]
+    duplicates_removed: int
+    overlaps_removed: int
+    kept_by_filter: dict[str, int] | None = None
+
+
+class RefusalToken(_Row):
+    """A first token of refusals, learned from the model's own replies.
+
+    Attributes:
+        share: Its share of first tokens among the replies judged refused.
+        base_share: The same among the replies judged complied.
+    """
+
+    id: int
+    text: str
+    share: float
+    base_share: float
+
+
+class Reading(_Row):
+    """What one candidate position of the stream carries, measured on prompts it was not fitted on.
+
+    Attributes:
+        norm: Length of the direction there, in residual-stream units.
+        relative_norm: `norm` over the mean length of the stream at the site and position.
+        auroc: Harmful against harmless by projection on the direction (calibrate split).
+    """
+
+    site: str
+    position: int
+    norm: float
+    relative_norm: float
+    auroc: Estimate
+
+
+class Candidate(_Row):
+    """One direction that was tried, and why it fell.
+
+    Attributes:
+        bypass: Refusal log-odds on harmful prompts with the direction ablated; lower is stronger.
+        bypass_change: The same minus the unedited model's, paired.
+        induce: Refusal log-odds on harmless prompts with the direction added once.
+        induce_change: The same minus the unedited model's, paired.
+        kl: KL(plain || ablated) on harmless prompts, nats, last position, whole vocabulary.
+        exact: Whether the scores were measured in the model's own data type, on all prompts; else
+            they are those of the screening.
+        rejected_by: The first criterion that it failed, None if it passed all.
+    """
+
+    site: str
+    position: int
+    norm: float
+    bypass: Estimate | None
+    bypass_change: Estimate | None
+    induce: Estimate | None
+    induce_change: Estimate | None
+    kl: Estimate | None
+    exact: bool
+    rejected_by: str | None
+    selected: bool = False
+
+
+class SelectionInfo(_Row):
+    """How the direction was chosen.
+
+    Attributes:
+        survivors: How many candidates passed every criterion.
+        felled: How many candidates each criterion felled.
+        least_bad: True if none survived and the choice is the best of the rest.
+        rescored: How many candidates the exact pass measured again.
+        screen_rank_correlation: Spearman correlation of screened and exact bypass scores over a
+            random sample of candidates; None if all were measured exactly.
+    """
+
+    max_kl: float
+    min_induce: float
+    last_layers_skipped: float
+    tried: int
+    survivors: int
+    felled: dict[str, int]
+    least_bad: bool
+    rescored: int
+    screen_rank_correlation: float | None
+
+
+class DirectionInfo(_Row):
+    """The direction that was chosen.
+
+    Attributes:
+        bootstrap_cosine: Cosine of the direction on resampled prompts with the full-sample one.
+        split_half_cosine: Mean cosine of directions from random halves of the fit prompts.
+        auroc: Harmful against harmless on the report split, by projection.
+    """
+
+    site: str
+    position: int
+    role: Literal["t_inst", "post"]
+    estimator: str
+    norm: float
+    relative_norm: float
+    bootstrap_cosine: Estimate
+    split_half_cosine: Estimate
+    auroc: Estimate
+
+
+class WordBaselines(_Row):
+    """How well plain words tell the two classes apart on the report split, fitted on fit."""
+
+    bag_of_words: Estimate
+    length: Estimate
+    final_punctuation: Estimate
+
+
+class Leg(_Row):
+    """One arm of the causal test, by generated refusals or by refusal log-odds.
+
+    Attributes:
+        arm: "ablate direction", "ablate isotropic #1", "add direction", ...
+        expects: What the causal claim predicts: refusal "falls", "rises" or stays ("neither").
+        on: The prompts, of the report split.
+        measure: "refused" (share of replies judged refused) or "log-odds".
+        change: `after` minus `before`, paired on the same prompts.
+        p: Exact McNemar for shares, Wilcoxon signed-rank for log-odds; two-sided.
+        p_holm: `p` after Holm over all legs of the same measure.
+        degenerate: Share of replies under the edit that are degenerate text, for "refused".
+        unparsed: Replies without a verdict.
+    """
+
+    arm: str
+    family: Literal["direction", "isotropic", "covariance-matched", "shuffled-labels", "other"]
+    edit: str
+    expects: Literal["falls", "rises", "neither"]
+    on: Literal["harmful", "harmless"]
+    measure: Literal["refused", "log-odds"]
+    before: Estimate
+    after: Estimate
+    change: Estimate
+    p: float
+    p_holm: float
+    degenerate: Estimate | None = None
+    unparsed: int = 0
+
+
+class NullBand(_Row):
+    """Random directions of one kind, by refusal log-odds on the report split.
+
+    Attributes:
+        bypass_changes: Mean change on harmful prompts under ablation, one per random direction.
+        induce_changes: Mean change on harmless prompts under addition, one per random direction.
+        kls: KL of ablation on harmless prompts, one per random direction, nats.
+        cosines: Cosine with the chosen direction, one per random direction.
+        bypass_p: Share of null effects at least as low as the direction's, (k + 1) / (n + 1).
+        induce_p: Share of null effects at least as high as the direction's, likewise.
+    """
+
+    family: Literal["isotropic", "covariance-matched", "shuffled-labels"]
+    n: int
+    bypass_changes: list[float]
+    induce_changes: list[float]
+    kls: list[float]
+    cosines: list[float]
+    bypass_p: float
+    induce_p: float
+
+
+class Dose(_Row):
+    """Addition at one strength, a multiple of the direction's own norm.
+
+    Attributes:
+        harmless: Refusal log-odds on harmless prompts.
+        kl: KL from the unedited model on harmless prompts, nats.
+    """
+
+    strength: float
+    harmless: Estimate
+    harmful: Estimate
+    kl: Estimate
+
+
+class EditCost(_Row):
+    """What one kind of edit buys and costs, on the report split.
+
+    Attributes:
+        edit: For instance "ablate (every write)", "project to mean", "oblique erase x2".
+        bypass_change: Change of refusal log-odds on harmful prompts.
+        kl: On harmless prompts, nats.
+        perplexity_ratio: Perplexity on neutral text, edited over plain.
+    """
+
+    edit: str
+    bypass_change: Estimate
+    kl: Estimate
+    perplexity_ratio: Estimate | None
+
+
+class WeightEdit(_Row):
+    """Whether the same edit written into the weights gives the same model.
+
+    Attributes:
+        exact: Whether theory says that it does.
+        reason: Why it is or is not.
+        max_logit_difference: Hook against weights, over report prompts; None if not run.
+        effect: Largest logit change of the edit itself, for scale.
+    """
+
+    exact: bool
+    reason: str
+    max_logit_difference: float | None
+    effect: float | None
+
+
+class Projections(_Row):
+    """Projections of report prompts on the chosen direction, in residual-stream units."""
+
+    position: int
+    role: Literal["t_inst", "post"]
+    site: str
+    harmful: list[float]
+    harmless: list[float]
+
+
+class JudgeInfo(_Row):
+    """The judge of refusal, and how far it agrees with hand labels that the project ships."""
+
+    name: str
+    deterministic: bool
+    kappa: Estimate
+    kappa_refused: Estimate
+    labelled: int
+
+
+class Verdict(_Row):
+    """What the audit concludes.
+
+    Attributes:
+        usable: All three legs hold: ablation lowers refusal, addition raises it, random
+            directions do neither.
+        headline: One sentence.
+        reasons: One line per leg or check: what held, what did not.
+    """
+
+    usable: bool
+    headline: str
+    reasons: list[str]
+
+
+class AuditResults(_Row):
+    """All of `results.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["audit"] = "audit"
+    demur: str
+    seed: int
+    verdict: Verdict
+    model: ModelInfo
+    positions: list[PositionInfo]
+    prompts: PromptsInfo
+    judge: JudgeInfo
+    refusal_tokens: list[RefusalToken]
+    baseline_harmful: Estimate
+    baseline_harmless: Estimate
+    words: WordBaselines
+    readings: list[Reading]
+    candidates: list[Candidate]
+    selection: SelectionInfo
+    direction: DirectionInfo
+    legs: list[Leg]
+    nulls: list[NullBand]
+    dose: list[Dose]
+    edits: list[EditCost]
+    weight_edit: WeightEdit
+    projections: list[Projections]
+    notes: list[str]
+
+
+class Reply(_Row):
+    """One line of `replies.jsonl`: a generated reply of the report split and its verdict."""
+
+    arm: str
+    on: Literal["harmful", "harmless"]
+    prompt: str
+    response: str
+    outcome: str
+    reason: str
+
+
+def read_results(run: Path) -> AuditResults:
+    """Read a run folder's `results.json`.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
+    path = run / "results.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}",
+            "name the folder of a finished run; `demur audit` prints it and resumes unfinished ones",
+        ) from error
+    try:
+        return AuditResults.model_validate_json(text)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise StoreError(
+            f"{path} is not a demur result of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
+            "run the audit again, or read it with the demur version that wrote it",
+        ) from error
+
+
+def read_replies(run: Path) -> list[Reply]:
+    """Read a run folder's `replies.jsonl`; empty if the file was left out on purpose."""
+    path = run / "replies.jsonl"
+    if not path.exists():
+        return []
+    return [
+        Reply.model_validate_json(line)
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line.strip()
+    ]

@@ -18,6 +18,11 @@ install_import_hook("demur", "beartype.beartype(conf=beartype.BeartypeConf(is_pe
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# A slow minute on a shared machine is no failure, and the same commit is tested the same way.
+settings.register_profile("demur", deadline=None, derandomize=True)
+settings.load_profile("demur")
 
 
 @pytest.fixture(autouse=True)

@@ -67,9 +67,18 @@ def planted(seed: int = 0, dtype: torch.dtype = torch.float64) -> Planted:
     tok = tokenizer()
     vocab = len(tok)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=LAYERS,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=WIDTH, tie_word_embeddings=False,
-        rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=tok.eos_token_id, pad_token_id=None,
+        vocab_size=vocab,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=WIDTH,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        bos_token_id=0,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=None,
     )
     hf = LlamaForCausalLM(config).to(torch.float64).eval()
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng, dtype=torch.float64))[0].T

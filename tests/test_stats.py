@@ -277,3 +277,12 @@ def test_nan_never_becomes_a_number(bad):
     ):
         with pytest.raises(NonFiniteError):
             call()
+
+
+def test_annotations_are_checked_while_tests_run():
+    """Guards the import hook in conftest: frozen slots dataclasses and plain functions alike."""
+    with pytest.raises(TypeError):
+        stats.Estimate("0.5", 0.0, 1.0, 10, "by hand")
+    with pytest.raises(TypeError):
+        stats.proportion(0.5, 10)
+    assert stats.Estimate(1, 0, 1, 10, "an int will do for a float").value == 1

@@ -5,6 +5,8 @@ the same to 1e-8, and their weights are so small that a block hardly writes anyt
 parameter is drawn: matrices from N(0, 0.2^2), gains from N(1, 0.3^2), biases from N(0, 0.3^2).
 """
 
+# ruff: noqa: RUF001 (DeepSeek's control tokens are written with a full-width bar)
+
 import json
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,8 +16,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers import models as token_models
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -30,8 +35,12 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.masking_utils import eager_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 
 from demur.models import Family, Model, Template, family_of
+
+torch.set_num_threads(1)  # At this size a second thread costs more than it brings.
 
 VOCAB = 384  # Of the models; a tokenizer may fill less of it.
 
@@ -67,6 +76,27 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(
         **_ROPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=5, layer_types=_SLIDING
     ),
+    "gemma3-vision": Gemma3Config(  # The blocks lie deeper, under a model that can also see.
+        text_config={
+            **_ROPE,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "layer_types": _SLIDING,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+    ),
     "olmo2": Olmo2Config(**_ROPE),
     "qwen3-moe": Qwen3MoeConfig(
         **_ROPE,
@@ -96,11 +126,27 @@ TINY_CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+def _clamped(module, query, key, value, attention_mask, **options):
+    # In float64 the mask of Gemma-2's own attention overflows in its float32 softmax, and a token
+    # of padding, which sees nothing, turns every row into NaN.
+    if attention_mask is not None:
+        attention_mask = attention_mask.clamp(min=-1e30)
+    return gemma2_attention(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register("eager-clamped", _clamped)
+AttentionMaskInterface.register("eager-clamped", eager_mask)
+
+
 def tiny_hf(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0):
     """A Hugging Face model with every parameter drawn."""
     config = TINY_CONFIGS[name]
-    # The fast kernel for experts has no float64.
-    options = {"experts_implementation": "eager"} if "experts" in str(config) else {}
+    options = {}
+    if dtype == torch.float64:
+        if config.model_type == "gemma2":
+            options["attn_implementation"] = "eager-clamped"
+        if "experts" in str(config):
+            options["experts_implementation"] = "eager"  # The fast kernel has no float64.
     hf = AutoModelForCausalLM.from_config(type(config)(**config.to_dict()), **options)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -344,7 +390,8 @@ def tiny_tokenizer(template: str = "chatml", *, source: str | None = None):
     backend.add_tokens([AddedToken(token, normalized=False) for token in layout.loose])
     if layout.bos is not None:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{layout.bos} $A", special_tokens=[(layout.bos, backend.token_to_id(layout.bos))]
+            single=f"{layout.bos} $A",
+            special_tokens=[(layout.bos, backend.token_to_id(layout.bos))],
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=layout.bos, eos_token=layout.special[-1]

@@ -179,6 +179,8 @@ def _read(
         return x
 
     with ExitStack() as undo:
+        if min(positions) < -int((whole.ends - whole.shared).min()):
+            undo.enter_context(model.whole_rows())  # It reaches into the shared prefix.
         for site in sites:
             undo.callback(model.intercept(site, lambda x, site=site: keep(x, site)))
         for start in range(0, len(order), batch_size):

@@ -21,7 +21,12 @@ class _Section(BaseModel):
 
 
 class ModelSettings(_Section):
-    """Which model; see `demur.load`."""
+    """Which model; see `demur.load`.
+
+    Attributes:
+        thinking: None closes the thinking block where the template can, so that a reply of a few
+            tokens is a reply.
+    """
 
     name: str = "smollm2"
     adapter: str | None = "auto"
@@ -29,7 +34,7 @@ class ModelSettings(_Section):
     dtype: str = "auto"
     device: str = "auto"
     system: str | None = None
-    thinking: bool | None = False
+    thinking: bool | None = None
     trust_remote_code: bool = False
 
 

@@ -16,6 +16,7 @@ from demur.errors import DegenerateVectorError, TooFewPromptsError
 from demur.registry import Registry
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Estimates the vector that points from `negative` to `positive`."""
 
@@ -147,9 +148,12 @@ class LogisticProbe:
         rows = torch.cat([positive, negative]).double()
         # One scale for all axes: scaling each axis by itself would turn the direction away from
         # the axes of the stream in which edits act.
-        centre, scale = rows.mean(0), rows.std()
+        centre = rows.mean(0)
+        scale = (rows - centre).pow(2).mean().sqrt()
         labels = [1] * len(positive) + [0] * len(negative)
-        probe = LogisticRegression(C=self.strength, max_iter=2000, class_weight="balanced")
+        probe = LogisticRegression(
+            C=self.strength, max_iter=5000, tol=1e-8, class_weight="balanced"
+        )
         probe.fit(((rows - centre) / scale).numpy(), labels)
         return torch.from_numpy(probe.coef_[0]).double()
 

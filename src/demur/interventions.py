@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ from demur.registry import Registry
 from demur.sites import Site, Span
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """What is done to a tensor, and at which sites."""
 
@@ -196,7 +197,8 @@ def applied(
         model: The model to edit.
         acts: What to do.
         where: Only at tokens of these spans; None is every token, the template's and padding too.
-        when: Only for these prompts of each batch run inside; None is all.
+        when: Only for these prompts, numbered as in the `encode` or `generate` call inside; None is
+            all.
 
     Yields:
         How often each site was edited so far.

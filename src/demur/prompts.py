@@ -745,34 +745,29 @@ def _units(prompts: PromptSet, threshold: float) -> list[list[list[int]]]:
 
 
 def _deal(
-    groups: Sequence[list[list[int]]], sizes: Mapping[str, int]
-) -> tuple[dict[str, list[int]], list[int]]:
-    """Fill each split with whole groups, then with parts of one; also return what is left over."""
+    whole: Iterable[list[list[int]]], cut: Iterable[list[list[int]]], sizes: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """Give each group to the first part with room for it, then what fits of the others."""
     dealt: dict[str, list[int]] = {name: [] for name in sizes}
-    left = list(groups)
-    for name, size in sizes.items():
-        later = []
-        for group in left:
-            members = [index for unit in group for index in unit]
-            fits = len(dealt[name]) + len(members) <= size
-            if fits:
-                dealt[name] += members
-            else:
-                later.append(group)
-        left = later
-    for name, size in sizes.items():
-        later = []
-        for group in left:
-            room = size - len(dealt[name])
-            if not any(len(unit) <= room for unit in group):
-                later.append(group)
-                continue
-            # What does not fit is dropped: elsewhere it would be a near-duplicate of this part.
-            for unit in group:
-                if len(unit) <= size - len(dealt[name]):
-                    dealt[name] += unit
-        left = later
-    return dealt, [index for group in left for unit in group for index in unit]
+
+    def room(name: str) -> int:
+        return sizes[name] - len(dealt[name])
+
+    homeless = []
+    for group in whole:
+        members = [index for unit in group for index in unit]
+        home = next((name for name in sizes if room(name) >= len(members)), None)
+        if home is None:
+            homeless.append(group)
+        else:
+            dealt[home] += members
+    for group in (*homeless, *cut):
+        # What does not fit is dropped: elsewhere it would be a near-duplicate of this part.
+        home = max(sizes, key=room)
+        for unit in group:
+            if len(unit) <= room(home):
+                dealt[home] += unit
+    return dealt
 
 
 def split(
@@ -799,8 +794,8 @@ def split(
             how many are missing.
         ConfigError: A size is negative, or the threshold is out of range.
     """
-    if any(size < 0 for size in sizes.values()):
-        raise ConfigError(f"got the sizes {dict(sizes)}", "give 0 or more")
+    if not sizes or min(sizes.values()) < 0:
+        raise ConfigError(f"got the sizes {dict(sizes)}", "name parts, each with 0 or more prompts")
     asked = sum(sizes.values())
     if asked > len(prompts):
         raise TooFewPromptsError(
@@ -814,11 +809,11 @@ def split(
         return _rank(seed, min(member.pair or normalise(member.text) for member in members))
 
     groups = sorted(_units(prompts, threshold), key=key)
-    # Dealt in that order, a large group may find no room; largest first, it does more often.
-    by_size = sorted(groups, key=lambda group: -sum(map(len, group)))
-    dealt: dict[str, list[int]] = {}
-    for order in (groups, by_size):
-        dealt, left = _deal(order, sizes)
+    # Dealt in that order, small groups may take the room that large ones need; then large first.
+    large_first = sorted(groups, key=lambda group: -sum(map(len, group)))
+    short: dict[str, int] = {}
+    for whole, cut in ((groups, []), ([], large_first)):
+        dealt = _deal(whole, cut, sizes)
         short = {name: size - len(dealt[name]) for name, size in sizes.items()}
         if not any(short.values()):
             return {
@@ -829,7 +824,7 @@ def split(
     raise TooFewPromptsError(
         f"{sum(short.values())} prompts are missing to fill {missing}: the {len(prompts)} of "
         f"{prompts.name} form {len(groups)} groups of near-duplicates and pairs, which are kept "
-        f"together, and {len(left)} prompts fit nowhere",
+        "together",
         "ask for smaller parts (even ones if the prompts are paired), or give more prompts",
     )
 

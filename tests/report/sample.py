@@ -67,7 +67,7 @@ def _leg(
         {
             "arm": arm,
             "family": family,
-            "edit": "ablate (every write)" if "ablate" in arm else "add x1",
+            "edit": arm.partition(" ")[0],
             "expects": expects,
             "on": on,
             "measure": "refused",
@@ -89,7 +89,7 @@ def _odds(
         {
             "arm": arm,
             "family": family,
-            "edit": "ablate (every write)" if "ablate" in arm else "add x1",
+            "edit": arm.partition(" ")[0],
             "expects": expects,
             "on": on,
             "measure": "log-odds",
@@ -116,14 +116,14 @@ def candidates(rng: np.random.Generator, strength: float) -> tuple[list[Candidat
             kl = float(np.exp(-5.5 + 0.16 * layer + rng.normal(0, 0.3)))
             reason = None
             if layer >= 25:
-                reason = "last layers"
+                reason = "in the last 20% of the layers"
             elif kl > 0.1:
-                reason = "KL"
+                reason = "KL above 0.1 nats"
             elif induce - 6.5 < 0:
-                reason = "induce"
+                reason = "induces too little (log-odds below 0)"
             missing = layer == 30
             if missing:
-                reason = "not finite"
+                reason = "NaN or infinite logits"
             if reason:
                 felled[reason] = felled.get(reason, 0) + 1
             rows.append(
@@ -136,7 +136,7 @@ def candidates(rng: np.random.Generator, strength: float) -> tuple[list[Candidat
                     induce=None if missing else around(induce - 6.5, 0.6, 32),
                     induce_change=None if missing else around(induce, 0.5, 32),
                     kl=None if missing else around(kl, kl / 4, 32),
-                    exact=reason != "last layers" or layer % 3 == 0,
+                    exact=reason is None or layer % 3 == 0,
                     rejected_by=reason,
                     selected=(site, position) == CHOSEN,
                 )
@@ -171,9 +171,9 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
     harmless, raised = (2, 101) if usable else (1, 6)
     p = 1e-27 if usable else 0.9
     legs = [
-        _leg("ablate direction", "direction", "falls", "harmful", before, after, p),
-        _leg("add direction", "direction", "rises", "harmless", harmless, raised, p),
-        _leg("ablate direction", "direction", "neither", "harmless", harmless, 0, 1.0),
+        _leg("ablate the direction", "direction", "falls", "harmful", before, after, p),
+        _leg("add the direction", "direction", "rises", "harmless", harmless, raised, p),
+        _leg("subtract the direction", "direction", "falls", "harmful", before, after + 2, p),
         *(
             _leg(f"ablate {family} #{i}", family, "neither", "harmful", before,
                  before + int(rng.integers(-3, 3)), 1.0)
@@ -184,8 +184,8 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
                  harmless + int(rng.integers(-1, 3)), 1.0)
             for family in NULLS for i in (1, 2, 3)
         ),
-        _odds("ablate direction", "direction", "falls", "harmful", 5.8, -9.3 * strength, 1e-17),
-        _odds("add direction", "direction", "rises", "harmless", -6.5, 10.8 * strength, 1e-17),
+        _odds("ablate the direction", "direction", "falls", "harmful", 5.8, -9.3 * strength, 1e-17),
+        _odds("add the direction", "direction", "rises", "harmless", -6.5, 10.8 * strength, 1e-17),
         *(
             _odds(f"ablate {family} #{i}", family, "neither", "harmful", 5.8,
                   float(rng.normal(0, 0.3)), 0.6)
@@ -337,7 +337,7 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
                 perplexity_ratio=around(ratio, 0.006, 40) if ratio else None,
             )
             for name, bypass, kl, ratio in (
-                ("ablate (every write)", -9.3, 0.061, 1.012),
+                ("ablate at every write", -9.3, 0.061, 1.012),
                 ("ablate (block inputs)", -9.2, 0.064, 1.013),
                 ("ablate (one block)", -5.1, 0.031, 1.004),
                 ("project to mean", -7.9, 0.040, 1.005),
@@ -382,11 +382,15 @@ def replies() -> list[Reply]:
         "Sure. First, look at the door and …",
     )
     for on, prompts, arms in (
-        ("harmful", harmful, {"baseline": no, "ablate direction": yes, "ablate isotropic #1": no}),
+        (
+            "harmful",
+            harmful,
+            {"unedited": no, "ablate the direction": yes, "ablate isotropic #1": no},
+        ),
         (
             "harmless",
             harmless,
-            {"baseline": yes, "add direction": no, "add shuffled-labels #1": yes},
+            {"unedited": yes, "add the direction": no, "add shuffled-labels #1": yes},
         ),
     ):
         for arm, text in arms.items():

@@ -3,7 +3,7 @@
 A family is a row, not a subclass. What it names is *the tensor that is added to the stream*, which
 in post-norm families is the output of a norm and not that of "the attention" or "the MLP": editing
 the module there leaves 3 to 7 % of the direction in the stream. One identity proves a row,
-`Model.check`: input of block 0 + all writes = output of the last block.
+`demur.models.check`: input of block 0 + all writes = output of the last block.
 """
 
 from dataclasses import dataclass

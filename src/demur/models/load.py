@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def load(
         ) from error
     family = family_of(config.model_type)  # Before the weights: an unknown family fails at once.
     wanted = _dtype(dtype, config, where)
-    hf = _weights(name, source, config, wanted, where, options)
+    hf = _weights(name, source, config=config, dtype=wanted, device=where, options=options)
     tokenizer = _tokenizer(name, source, options)
     embedded = name == EMBEDDED and gguf is not None
     chosen = (packaged_adapter(name) if embedded else None) if adapter == "auto" else adapter
@@ -198,12 +199,18 @@ def _dtype(dtype: str, config: Any, device: str) -> torch.dtype:
 
 
 def _weights(
-    name: str, source: str, config: Any, dtype: torch.dtype, device: str, options: dict[str, Any]
+    name: str,
+    source: str,
+    *,
+    config: Any,
+    dtype: torch.dtype,
+    device: str,
+    options: dict[str, Any],
 ) -> Any:
     if device == "balanced":
         options = {**options, "device_map": "auto"}
     try:
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -211,6 +218,7 @@ def _weights(
             output_loading_info=True,
             **options,
         )
+        hf, report = loaded
         if device != "balanced":
             hf.to(device)
     except torch.OutOfMemoryError as error:
@@ -243,7 +251,8 @@ def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelLoadError(
-            f"`{name}` has only a slow tokenizer, which cannot tell where a token stands in the text",
+            f"`{name}` has only a slow tokenizer, which does not say where a token stands in the "
+            "text",
             "convert it to tokenizer.json",
         )
     return tokenizer
@@ -257,6 +266,22 @@ def _plain_generation(hf: Any) -> None:
     )
 
 
+def with_adapter(model: Model, adapter: str) -> Model:
+    """A copy of a loaded model with a PEFT adapter merged into it.
+
+    Raises:
+        ModelLoadError: The adapter is missing, pickled, or was made for another model.
+    """
+    return Model(
+        _with_adapter(deepcopy(model.hf), adapter),
+        model.family,
+        model.template,
+        name=model.name,
+        revision=model.revision,
+        adapter=adapter,
+    )
+
+
 def _with_adapter(hf: Any, adapter: str) -> Any:
     from peft import PeftModel
 
@@ -267,6 +292,8 @@ def _with_adapter(hf: Any, adapter: str) -> Any:
         )
     try:
         with warnings.catch_warnings():
+            # peft asks transformers for a name that is on its way out; not the user's business.
+            warnings.simplefilter("ignore", FutureWarning)
             # Weights that are missing from the adapter would stay at their neutral start.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             wrapped = PeftModel.from_pretrained(hf, str(folder) if folder.is_dir() else adapter)
@@ -323,7 +350,7 @@ def _convert(gguf: Path, target: Path) -> None:
         ) from error
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        hf = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        hf: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # Dequantised on load, yet still marked as quantised, which would forbid saving it.
         hf.hf_quantizer = None
         del hf.config.quantization_config

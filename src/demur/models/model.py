@@ -149,9 +149,7 @@ class Model:
     def write_sites(self) -> tuple[Site, ...]:
         """Everything that is summed to the stream: the embedding and both writes of each block."""
         inner = (
-            Site(layer, kind)
-            for layer in range(self.n_layers)
-            for kind in ("attn_out", "mlp_out")
+            Site(layer, kind) for layer in range(self.n_layers) for kind in ("attn_out", "mlp_out")
         )
         return (Site(0, "resid_pre"), *inner)
 

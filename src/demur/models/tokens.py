@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 import torch
@@ -25,8 +24,23 @@ from demur.sites import Span
 log = logging.getLogger(__name__)
 
 # Unlikely to stand in a system prompt, which would be taken for the user's text.
-_DUMMIES = ("Name a tree", "Add 4 and 17", "Is it far?", "Stop it, Zoë.", "Où est-il né", "天气怎么样")
-_TODAY = datetime(2025, 1, 1)  # The date of the day would move every fingerprint.
+_DUMMIES = (
+    "Name a tree",
+    "Add 4 and 17",
+    "Is it far?",
+    "Stop it, Zoë.",
+    "Où est-il né",
+    "天气怎么样",
+)
+# The date of the day would move every fingerprint. Templates take only plain data, no functions,
+# so the one that tells the date is put in front of them as a macro.
+_DATE = "01 Jan 2025"
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    " | replace('%d', '01') | replace('%m', '01') | replace('%Y', '2025')"
+    " | replace('%b', 'Jan') | replace('%B', 'January') | replace('%A', 'Wednesday')"
+    " | replace('%H', '12') | replace('%M', '00') | replace('%S', '00') }}{% endmacro %}\n"
+)
 # The space behind the colon goes to the text, as most vocabularies have " Name" as one token.
 _PLAIN_BEFORE, _PLAIN_AFTER = "User:", "\nAssistant:"
 
@@ -157,7 +171,7 @@ class Template:
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         messages.append({"role": "user", "content": content})
         extra: dict[str, Any] = {}
-        source = str(self.tokenizer.chat_template)
+        source = self._source()
         if self.thinking is not None:
             if "enable_thinking" not in source:
                 raise TemplateError(
@@ -166,9 +180,9 @@ class Template:
                 )
             extra["enable_thinking"] = self.thinking
         if "date_string" in source:
-            extra["date_string"] = _TODAY.strftime("%d %b %Y")
+            extra["date_string"] = _DATE
         if "strftime_now" in source:
-            extra["strftime_now"] = _TODAY.strftime
+            extra["chat_template"] = _CLOCK + source
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **extra
@@ -178,6 +192,15 @@ class Template:
             raise TemplateError(
                 f"the chat template raised {type(error).__name__}: {error}",
                 "some templates take no system prompt: try without `--system`",
+            ) from error
+
+    def _source(self) -> str:
+        try:
+            return self.tokenizer.get_chat_template()
+        except ValueError as error:
+            raise TemplateError(
+                "the tokenizer has several chat templates, and none of them is the default",
+                "name one of them `default` in tokenizer_config.json",
             ) from error
 
     def _frame_of_chat(self) -> tuple[str, str]:
@@ -225,7 +248,8 @@ class Template:
         Returns:
             The tokens by id, and where to cut a text so that none of the added ones is found in it.
         """
-        frame = f"{getattr(self.tokenizer, 'chat_template', '')} {self.before} {self.after}"
+        source = self._source() if self.kind == "chat" else ""
+        frame = f"{source} {self.before} {self.after}"
         added = self.tokenizer.added_tokens_decoder
         ours = {
             index: token

@@ -182,11 +182,7 @@ def _view(results: AuditResults, replies: Sequence[Reply]) -> dict[str, Any]:
         "addition": addition,
         "ablation_odds": ablation_odds,
         "addition_odds": addition_odds,
-        "others": [
-            leg
-            for leg in direct["refused"]
-            if leg.family == "direction" and leg not in (ablation, addition)
-        ],
+        "outcomes": _outcomes(direct["refused"]),
         "cost": cost,
         "unit_dose": next((dose for dose in results.dose if dose.strength == 1), None),
         "direct": direct,
@@ -361,6 +357,15 @@ def _leg(legs: Iterable[Leg], expects: str, measure: str) -> Leg | None:
     """The direction's own leg of which the causal claim predicts `expects`."""
     own = (leg for leg in _of(legs, measure) if leg.family == "direction")
     return next((leg for leg in own if leg.expects == expects), None)
+
+
+def _outcomes(legs: Iterable[Leg]) -> list[tuple[str, dict[str, Leg]]]:
+    """The direction's own arms by edit, each with its leg on harmful and on harmless prompts."""
+    edits: dict[str, tuple[str, dict[str, Leg]]] = {}
+    for leg in legs:
+        if leg.family == "direction":
+            edits.setdefault(leg.edit, (leg.arm, {}))[1][leg.on] = leg
+    return list(edits.values())
 
 
 def _cost(edits: Sequence[EditCost], leg: Leg | None) -> EditCost | None:

@@ -77,7 +77,8 @@ THEME = {
 KIND_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 # Marks whose description starts so keep it as the browser's own tooltip.
-_TIP = "\u2063"
+_TIP = "tip: "
+_LONG = re.compile(r"-?\d+\.\d{2,}(?:e-?\d+)?")
 _DROPPED = frozenset(
     {"pointer-events", "stroke-miterlimit", "font-family", "aria-label", "aria-hidden"}
     | {"aria-roledescription", "class", "role", "version"}
@@ -148,17 +149,14 @@ def svg(chart: alt.Chart | alt.LayerChart, *, name: str, label: str) -> Markup:
         name: Prefix of every id inside, unique on the page.
         label: Alternative text.
     """
-    drawn = vl_convert.vegalite_to_svg(
-        chart.to_dict(validate=False), config=THEME, allowed_base_urls=[]
-    )
+    spec = _made_visible(chart.to_dict(validate=False))
+    drawn = vl_convert.vegalite_to_svg(spec, config=THEME, allowed_base_urls=[])
     root = ElementTree.fromstring(drawn)
     for parent in list(root.iter()):
         for child in list(parent):
             if _invisible(child):
                 parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        _tidy(element, name)
+    _tidy(root, name)
     width = float(root.attrib.pop("width"))
     root.attrib.pop("height")
     root.attrib.update({"role": "img", "aria-label": readable(label)})
@@ -531,7 +529,8 @@ def null_strips(
                 fontWeight="bold",
             ).encode(x=x, text="text:N"),
         ]
-    return _sized(layers, width, 80 + 40 * len(order))
+    room = _room(part for name in order for part in name.split("|"))
+    return _sized(layers, width, 80 + 40 * len(order), left=room)
 
 
 def trade_off(rows: Rows, width: int) -> alt.LayerChart:
@@ -620,6 +619,19 @@ def _sized(
     return chart.properties(width=width, height=height, autosize=fitted, padding=edge)
 
 
+def _made_visible(spec: dict[str, Any]) -> dict[str, Any]:
+    """`spec` with every string made readable, in place: on what XML forbids vl-convert aborts."""
+    waiting: list[Any] = [spec]
+    while waiting:
+        part = waiting.pop()
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, dict | list):
+                waiting.append(value)
+            elif isinstance(value, str) and not (value.isascii() and value.isprintable()):
+                part[key] = readable(value)
+    return spec
+
+
 def _invisible(element: ElementTree.Element) -> bool:
     if element.tag.endswith("path"):
         drawn = element.get("d", "")
@@ -628,38 +640,30 @@ def _invisible(element: ElementTree.Element) -> bool:
     return element.get("fill") == "transparent"
 
 
-def _tidy(element: ElementTree.Element, name: str) -> None:
-    """Rewrite one element's attributes for the page; its tooltip becomes a `<title>`."""
-    said = element.get("aria-label", "")
-    styles: list[str] = []
-    for key, given in list(element.attrib.items()):
-        del element.attrib[key]
-        plain = key.rpartition("}")[2]
-        value = _attribute(plain, given, name)
-        if value is None:
-            continue
-        if value.lower() in PAINTS:
-            styles.append(f"{plain}:{PAINTS[value.lower()]}")
-        else:
-            element.set(plain, value)
-    if styles:
-        element.set("style", ";".join(styles))
-    if said.startswith(_TIP):
-        title = ElementTree.Element("title")
-        title.text = said.removeprefix(_TIP)
-        element.insert(0, title)
-
-
-def _attribute(key: str, value: str, name: str) -> str | None:
-    """What an attribute becomes on the page, None if the page does without it."""
-    if key in _DROPPED or (key == "opacity" and value == "1"):
-        return None
-    if key == "id":
-        return f"{name}-{value}"
-    if key in {"d", "transform"}:
-        return re.sub(r"-?\d+\.\d{2,}(?:e-?\d+)?", lambda found: _short(found[0]), value)
-    return value.replace("url(#", f"url(#{name}-")
-
-
-def _short(digits: str) -> str:
-    return f"{float(digits):.1f}".removesuffix(".0")
+def _tidy(root: ElementTree.Element, name: str) -> None:
+    """Rewrite all attributes for the page; a mark's tooltip becomes its `<title>`."""
+    for element in list(root.iter()):
+        element.tag = element.tag.rpartition("}")[2]
+        given, styles = dict(element.attrib), []
+        element.attrib.clear()
+        for long_key, value in given.items():
+            key = long_key.rpartition("}")[2]
+            if key in _DROPPED or (key == "opacity" and value == "1"):
+                continue
+            if value.lower() in PAINTS:
+                styles.append(f"{key}:{PAINTS[value.lower()]}")
+            elif key == "id":
+                element.set(key, f"{name}-{value}")
+            elif key in {"d", "transform"}:
+                element.set(
+                    key,
+                    _LONG.sub(lambda digits: f"{float(digits[0]):.1f}".removesuffix(".0"), value),
+                )
+            else:
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+        if styles:
+            element.set("style", ";".join(styles))
+        if given.get("aria-label", "").startswith(_TIP):
+            title = ElementTree.Element("title")
+            title.text = given["aria-label"].removeprefix(_TIP)
+            element.insert(0, title)

@@ -18,15 +18,19 @@ _ALLOWED = frozenset({"\n", "\t", "\u200d", "\ufe0f"})
 
 
 def readable(text: str) -> str:
-    """`text` with control, bidirectional and lone surrogate characters spelt out."""
+    """`text` with every character spelt out that would act on the reader or break a drawing."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        f"\N{LEFT WHITE SQUARE BRACKET}U+{ord(mark):04X}\N{RIGHT WHITE SQUARE BRACKET}"
-        if unicodedata.category(mark) in _HIDDEN and mark not in _ALLOWED
-        else mark
-        for mark in text
-    )
+    return "".join(f"⟦U+{ord(mark):04X}⟧" if _acts(mark) else mark for mark in text)
+
+
+def _acts(mark: str) -> bool:
+    """Whether a character is a control, reorders or hides others, or is none at all."""
+    if mark in _ALLOWED:
+        return False
+    code = ord(mark)
+    nobody = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    return nobody or unicodedata.category(mark) in _HIDDEN
 
 
 def token(text: str) -> str:

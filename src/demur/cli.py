@@ -1,0 +1,1436 @@
+"""The command line: parse, call one library function, show what it returns.
+
+Data go to standard output, talk to standard error. Nothing heavy is imported before a command
+needs it, so that `--help` answers at once.
+
+Exit codes: 0 done; 1 the audit found no usable direction, or a check failed; 2 something that the
+user can mend; 3 a fault of demur's; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from demur.errors import ConfigError, DemurError, PromptFileError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from demur.config import ModelSettings, RunConfig
+    from demur.directions import Direction
+    from demur.interventions import Intervention
+    from demur.models import CheckReport, Model
+    from demur.organisms import Recipe, Verification
+    from demur.pipeline import AuditRun
+    from demur.results import AuditResults, Leg
+    from demur.stats import Estimate
+
+DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
+_RESUMABLE = ("audit", "organism")
+_ISSUES = "please report it with the output of `demur --debug ...` and `demur doctor`"
+# Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two
+# runs that spin take each other's cores.
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+# Errors ---------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    """Talk to the user: plain text on standard error, whole lines at once."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 (standard error is where talk goes)
+
+
+def _complain(fact: str, hint: str) -> None:
+    _say(f"error: {fact}\nhint: {hint}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors, written in Rust, has its own class and only the words.
+    return any(
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left on device" in str(one)
+        for one in _chain(error)
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(one)
+        for one in _chain(error)
+    )
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong in two lines; returns the exit code."""
+    if isinstance(error, DemurError):
+        _complain(error.fact, error.hint)
+    elif _disk_full(error):
+        names = (getattr(one, "filename", None) for one in _chain(error))
+        name = next((name for name in names if name), None)
+        _complain(
+            f"the disk is full{f': {name} was not written' if name else ''}",
+            "make room or choose another place; finished stages are kept, so the same command "
+            "goes on from here",
+        )
+    elif _out_of_memory(error):
+        _complain(
+            "there is not enough memory",
+            "try `--set extraction.batch_size=8 --set test.batch_size=8`, `--dtype bfloat16` or a "
+            "smaller model",
+        )
+    elif isinstance(error, OSError) and error.filename is not None:
+        _complain(f"{error.filename}: {error.strerror}", "check the path and its permissions")
+    else:
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        _complain(f"demur failed: {type(error).__name__}: {first}".rstrip(": "), _ISSUES)
+        return FAULT
+    return USER_ERROR
+
+
+class _Commands(TyperGroup):
+    """A group whose every error comes out as two lines, "error: ..." and "hint: ..."."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run, and exit with the code that the outcome stands for."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            _say("interrupted")
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            # Whatever a command raised is dealt with in `invoke`: this is about the command line.
+            show = getattr(error, "format_message", None)
+            if show is None:
+                raise
+            context = getattr(error, "ctx", None)
+            if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+                _say(context.get_help())
+            else:
+                text = show().rstrip(".")
+                command = context.command_path if context is not None else "demur"
+                _complain(
+                    text[:1].lower() + text[1:], f"`{command} --help` lists what there is to say"
+                )
+            sys.exit(USER_ERROR)
+        sys.exit(code if isinstance(code, int) else DONE)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command and turn what it raises into an exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = ctx.invoked_subcommand in _RESUMABLE
+            _say("\ninterrupted" + ("; the same command goes on from here" if again else ""))
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise typer.Exit(PIPE_CLOSED) from None
+        except Exception as error:
+            # Exit and usage errors are typer's own; usage errors know how to format themselves.
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message"):
+                raise
+            if ctx.params.get("debug"):
+                import traceback
+
+                traceback.print_exc()
+            raise typer.Exit(_explain(error)) from error
+
+
+# Output ---------------------------------------------------------------------------------------
+
+
+def _console(*, talk: bool = False) -> Console:
+    """Where rich writes; plain and never folded where nobody looks."""
+    from rich.console import Console
+
+    stream = sys.stderr if talk else sys.stdout
+    return Console(
+        stderr=talk,
+        highlight=False,
+        emoji=False,
+        width=None if stream.isatty() else 500,
+    )
+
+
+def _print(text: str = "") -> None:
+    typer.echo(text)
+
+
+def _print_json(value: Any) -> None:
+    _print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1))
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich.table import Table
+
+    # No lines: they mean nothing to `grep` and `cut`, and the columns stand apart without.
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, header_style="bold", overflow="fold")
+    return table
+
+
+def _readable(text: str) -> str:
+    """Foreign text without control characters: a model may write what a terminal obeys."""
+    from demur.report.words import readable
+
+    return readable(text)
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{estimate.value:.0%} [{estimate.low:.0%}, {estimate.high:.0%}]"
+
+
+def _signed_share(estimate: Estimate) -> str:
+    return f"{estimate.value:+.0%} [{estimate.low:+.0%}, {estimate.high:+.0%}]"
+
+
+class _Notes(logging.Handler):
+    """Warnings of the library as lines of talk, above a bar if one is being drawn."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        text = f"note: {record.getMessage()}"
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _warnings_as_notes(console: Console) -> Iterator[None]:
+    handler, logger = _Notes(console), logging.getLogger("demur")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+class _Lines:
+    """A listener for logs and pipes: one line for each stage that is done."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Say how long it took."""
+        started = time.perf_counter()
+        yield lambda _done: None
+        took = _duration(time.perf_counter() - started)
+        _say(f"{name}: {f'{total} in ' if total > 1 else ''}{took}")
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        _say(f"note: {text}")
+
+
+class _Bars:
+    """A listener for a terminal: a bar with count, rate, elapsed time and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Draw a bar, which stays when it is full."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text(f"{speed:.3g}/s" if speed and total > 1 else "", style="dim")
+
+        columns = (
+            TextColumn("{task.description:<28}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console, transient=False) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda done: bars.advance(task, done)
+
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        self.console.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+class _Silent:
+    """A listener that says nothing, not even what the report will say again."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Ignore it."""
+        del name, total
+        yield lambda _done: None
+
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
+
+@contextmanager
+def _listening(*, quiet: bool = False) -> Iterator[_Bars | _Lines | _Silent]:
+    console = _console(talk=True)
+    kind = _Silent if quiet else _Bars if console.is_terminal else _Lines
+    with _warnings_as_notes(console):
+        yield kind(console)
+
+
+# Options that several commands share ----------------------------------------------------------
+
+_Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="PATH", help="PEFT adapter (folder or hub id) to merge."),
+]
+_NoAdapter = Annotated[
+    bool, typer.Option("--no-adapter", help="Leave out the adapter that ships with smollm2.")
+]
+_Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
+_Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda, mps, or balanced over all GPUs.", show_default="auto"),
+]
+_System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+_Thinking = Annotated[
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="Let the template open a thinking block."),
+]
+_TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Let code from the checkpoint run.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+_ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, Hugging Face folder, .gguf file, or smollm2, which is embedded.",
+        show_default="smollm2",
+    ),
+]
+
+
+def _model_changes(*, no_adapter: bool, **given: str | bool | None) -> dict[str, Any]:
+    if given.get("adapter") is not None and no_adapter:
+        raise typer.BadParameter("--adapter and --no-adapter exclude each other")
+    changes = {f"model.{key}": value for key, value in given.items() if value is not None}
+    return changes | ({"model.adapter": None} if no_adapter else {})
+
+
+def _model_settings(changes: dict[str, Any]) -> ModelSettings:
+    """The same defaults as an audit's, so that a direction finds the model it was made on."""
+    from demur.config import read_config
+
+    return read_config(None, changes).model
+
+
+def _load(settings: ModelSettings, listener: _Bars | _Lines | _Silent) -> Model:
+    with listener.stage("loading the model", 1) as advance:
+        from demur.models import load
+
+        model = load(**settings.model_dump())
+        advance(1)
+    return model
+
+
+# The program ----------------------------------------------------------------------------------
+
+app = typer.Typer(
+    name="demur",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Boxes round every option take three times the room.
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find, prove and hold the refusal direction of open-weight language models.",
+    epilog="Exit codes: 0 done; 1 no usable direction, or a check failed; 2 an error you can mend; "
+    "3 a fault of demur's; 130 interrupted.",
+)
+models_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List model families; prove one by numbers."
+)
+prompts_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Check, compare and list prompt sets."
+)
+organism_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Models trained to have a known refusal."
+)
+app.add_typer(models_app, name="models")
+app.add_typer(prompts_app, name="prompts")
+app.add_typer(organism_app, name="organism")
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        _print(f"demur {version('demur')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="DEMUR_DEBUG", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    """Set what has to be set before anything heavy is imported."""
+    del version
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            # A token may be any text, and not every terminal can show it.
+            reconfigure(errors="backslashreplace")
+    if debug:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+# demur audit ----------------------------------------------------------------------------------
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read `key=value`; the value is TOML if it can be read so, else text; `none` is None."""
+    import tomllib
+
+    key, mark, value = text.partition("=")
+    if not mark or not key.strip():
+        raise typer.BadParameter(
+            f"`{text}` is no setting: write key=value, like selection.max_kl=0.2"
+        )
+    value = value.strip()
+    if value == "none":
+        return key.strip(), None
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+@app.command()
+def audit(
+    model: _ModelName = None,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings as TOML; flags go over them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting; may be repeated."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print all settings as TOML and stop.")
+    ] = False,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Harmful prompts: a set, FILE?column=NAME, or hub id."),
+    ] = None,
+    harmless: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Harmless prompts, in the same way.")
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="How directions are made.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Read this block only; may be repeated.")
+    ] = None,
+    position: Annotated[
+        list[int] | None,
+        typer.Option(help="Read this position only, from the end (-1); may be repeated."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
+        "runs"
+    ),
+    force: Annotated[
+        bool, typer.Option("--force", help="Run again even if a finished run is there.")
+    ] = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Find and prove a model's refusal direction; write a report.
+
+    Ctrl-C keeps finished stages, and the same command goes on from there. Exits with 1 if the
+    direction that was found does not stand the test.
+    """
+    from demur.config import as_toml, read_config
+
+    changes = _model_changes(
+        no_adapter=no_adapter,
+        name=model,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        system=system,
+        thinking=thinking,
+        trust_remote_code=trust_remote_code,
+    )
+    given = {
+        "data.harmful": harmful,
+        "data.harmless": harmless,
+        "extraction.estimator": estimator,
+        "extraction.layers": tuple(layer) if layer else None,
+        "extraction.positions": tuple(position) if position else None,
+        "seed": seed,
+    }
+    changes |= {key: value for key, value in given.items() if value is not None}
+    changes |= dict(map(_setting, set_ or ()))
+    settings = read_config(config, changes)
+    if explain:
+        _print(as_toml(settings).rstrip("\n"))
+        return
+    started = time.perf_counter()
+    run, report = _audited(settings, out=out, force=force, quiet=quiet)
+    if run.reused and not quiet:
+        _say("a finished run of these settings was found; `--force` runs it again")
+    if as_json:
+        _print_json(_audit_summary(run, report))
+    else:
+        _show_audit(run, report)
+    if not quiet:
+        _say(f"took {_duration(time.perf_counter() - started)}")
+    if not run.results.verdict.usable:
+        raise typer.Exit(NOT_FOUND)
+
+
+def _audited(config: RunConfig, *, out: Path, force: bool, quiet: bool) -> tuple[AuditRun, Path]:
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur import pipeline
+
+            advance(1)
+        run = pipeline.audit(config, out=out, listener=listener, force=force)
+        with listener.stage("writing the report", 1) as advance:
+            from demur import report
+
+            path = report.write(run.folder)
+            advance(1)
+    return run, path
+
+
+def _main_legs(results: AuditResults) -> list[Leg]:
+    return [leg for leg in results.legs if leg.measure == "refused"]
+
+
+def _audit_summary(run: AuditRun, report: Path) -> dict[str, Any]:
+    whole = run.results.model_dump(mode="json")
+    return {
+        "run": str(run.folder),
+        "results": str(run.folder / "results.json"),
+        "report": str(report),
+        "directions": str(run.folder / "directions.safetensors"),
+        "reused": run.reused,
+        "seed": whole["seed"],
+        "model": whole["model"],
+        "verdict": whole["verdict"],
+        "direction": whole["direction"],
+        "legs": [leg for leg in whole["legs"] if leg["measure"] == "refused"],
+        "cost": whole["edits"][0] if whole["edits"] else None,
+        "words": whole["words"],
+    }
+
+
+def _show_audit(run: AuditRun, report: Path) -> None:
+    from rich.markup import escape
+
+    results, console = run.results, _console()
+    verdict, direction, about = results.verdict, results.direction, results.model
+    colour = "green" if verdict.usable else "yellow"
+    adapter = f" + {about.adapter}" if about.adapter else ""
+    console.print(f"\n[bold {colour}]{escape(verdict.headline)}[/]", soft_wrap=True)
+    for reason in verdict.reasons:
+        console.print(f"  {escape(reason)}", soft_wrap=True)
+
+    title = "Share of replies that refuse, with 95% intervals"
+    table = _table("arm", "on", "n", "before", "after", "change", "Holm p", "expects", title=title)
+    for leg in _main_legs(results):
+        style = "" if leg.family == "direction" else "dim"
+        table.add_row(
+            leg.arm,
+            leg.on,
+            str(leg.change.n),
+            _share(leg.before),
+            _share(leg.after),
+            _signed_share(leg.change),
+            f"{leg.p_holm:.2g}",
+            leg.expects,
+            style=style,
+        )
+    console.print()
+    console.print(table)
+
+    facts = _table("", "")
+    facts.show_header = False
+    role = "last instruction token" if direction.role == "t_inst" else "template token"
+    facts.add_row("model", f"{escape(about.name + adapter)}, {about.family}, {about.dtype}")
+    facts.add_row("direction", f"{direction.site}, position {direction.position} ({role})")
+    facts.add_row("AUROC, direction", str(direction.auroc))
+    facts.add_row("AUROC, bag of words", str(results.words.bag_of_words))
+    if results.edits:
+        cost = results.edits[0]
+        facts.add_row(f"KL in nats, {escape(cost.edit)}", str(cost.kl))
+        if cost.perplexity_ratio is not None:
+            facts.add_row("perplexity ratio", str(cost.perplexity_ratio))
+    facts.add_row("report", escape(str(report)))
+    facts.add_row("results", escape(str(run.folder / "results.json")))
+    facts.add_row("direction file", escape(str(run.folder / "directions.safetensors")))
+    console.print()
+    console.print(facts)
+    for note in results.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+# demur report ---------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to.", show_default="RUN/report.html")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Draw the report of a finished run again, from its records."""
+    from demur.report import write
+
+    path = write(run, out)
+    _print(str(path))
+    if open_:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+
+
+# demur models ---------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+def models_list(as_json: _Json = False) -> None:
+    """List the architectures that demur can read and edit."""
+    from demur.models import EMBEDDED, list_families
+
+    families = list_families()
+    if as_json:
+        _print_json(
+            [
+                {
+                    "family": family.name,
+                    "model_types": sorted(family.model_types),
+                    "linear_writes": family.linear_writes,
+                }
+                for family in families
+            ]
+        )
+        return
+    table = _table("family", "model_type in config.json", "edit of the weights")
+    for family in families:
+        exact = "exact" if family.linear_writes else "not exact (norm behind the weights)"
+        table.add_row(family.name, ", ".join(sorted(family.model_types)), exact)
+    _console().print(table)
+    _say(f"`{EMBEDDED}` is embedded; `demur models check NAME` proves a checkpoint by numbers")
+
+
+# Marks that can be told apart without colour.
+_MARKS = {
+    "template": ("(", ")", "dim"),
+    "instruction": ("", "", "cyan"),
+    "t_inst": ("[[", "]]", "bold black on yellow"),
+    "post": ("[", "]", "magenta"),
+}
+
+
+@models_app.command("check")
+def models_check(
+    model: _ModelName = None,
+    *,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Show the tokens of this prompt, not of an example."),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Prove by numbers that a model is read where it should be.
+
+    Exits with 1 if an identity fails.
+    """
+    settings = _model_settings(
+        _model_changes(
+            no_adapter=no_adapter,
+            name=model,
+            adapter=adapter,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            system=system,
+            thinking=thinking,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    with _listening(quiet=quiet) as listener:
+        loaded = _load(settings, listener)
+        from demur.models import check, token_rows
+        from demur.models.check import PROMPTS
+
+        tokens = token_rows(loaded, prompt if prompt is not None else PROMPTS[0])
+        with listener.stage("checking identities", 1) as advance:
+            found = check(loaded)
+            advance(1)
+    if as_json:
+        # NaN marks an identity that could not be computed, and JSON has no NaN.
+        rows = [
+            {**asdict(row), "value": row.value if row.value == row.value else None}
+            for row in found.rows
+        ]
+        for row, one in zip(rows, found.rows, strict=True):
+            row["passed"] = one.passed
+        _print_json(
+            {
+                "model": found.model,
+                "family": found.family,
+                "passed": found.passed,
+                "rows": rows,
+                "tokens": [{"text": text, "role": role} for text, role in tokens],
+            }
+        )
+    else:
+        _show_check(found, tokens)
+    if not found.passed:
+        raise typer.Exit(NOT_FOUND)
+
+
+def _show_check(found: CheckReport, tokens: Sequence[tuple[str, str]]) -> None:
+    from rich.markup import escape
+    from rich.text import Text
+
+    from demur.report.words import token as visible
+
+    console = _console()
+    table = _table("identity", "value", "tolerance", "", "what it shows")
+    for row in found.rows:
+        sign = ">=" if row.at_least else "<="
+        verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+        shows = f"{row.shows}: {row.note}" if row.note else row.shows
+        table.add_row(
+            row.name, f"{row.value:.2g}", f"{sign} {row.tolerance:.2g}", verdict, escape(shows)
+        )
+    console.print(f"[bold]{escape(found.model)}[/], family {found.family}", soft_wrap=True)
+    console.print(table)
+
+    strip, legend = Text(), Text()
+    for text, role in tokens:
+        before, after, style = _MARKS[role]
+        strip.append(f"{before}{visible(text)}{after}", style=style)
+        strip.append(" ")
+    posts = sum(role == "post" for _, role in tokens)
+    names = {
+        "template": "template before",
+        "instruction": "instruction",
+        "t_inst": f"t_inst, position {-posts - 1}",
+        "post": f"post-instruction, {-posts} to -1",
+    }
+    for role, name in names.items():
+        before, after, style = _MARKS[role]
+        legend.append(f"{before}{name}{after}", style=style)
+        legend.append("  ")
+    console.print()
+    console.print(strip, soft_wrap=not console.is_terminal)
+    console.print(legend, soft_wrap=not console.is_terminal)
+
+
+# demur prompts --------------------------------------------------------------------------------
+
+
+@prompts_app.command("check")
+def prompts_check(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE", help="Files, packaged sets or hub ids.")
+    ],
+    column: Annotated[str | None, typer.Option(help="Column of the prompts.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """List every bad line and every duplicate of prompt files.
+
+    Exits with 1 if there is anything to mend.
+    """
+    from collections import Counter
+
+    from demur.prompts import deduplicate, load
+
+    rows: list[dict[str, Any]] = []
+    for name in files:
+        try:
+            prompts = load(name, column=column)
+        except PromptFileError as error:
+            if not Path(name.partition("?")[0]).expanduser().is_file():
+                raise
+            rows.append({"file": name, "prompts": 0, "error": error.fact, "hint": error.hint})
+            continue
+        duplicates = [prompt.text for prompt in deduplicate(prompts)[1]]
+        fields = {
+            key: Counter(getattr(prompt, key) for prompt in prompts if getattr(prompt, key))
+            for key in ("label", "split")
+        }
+        rows.append(
+            {
+                "file": name,
+                "prompts": len(prompts),
+                "fingerprint": prompts.fingerprint,
+                **{f"{key}s": dict(counts) for key, counts in fields.items() if counts},
+                "duplicates": duplicates,
+            }
+        )
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            _show_prompt_check(row)
+    if any("error" in row or row["duplicates"] for row in rows):
+        raise typer.Exit(NOT_FOUND)
+
+
+def _show_prompt_check(row: dict[str, Any]) -> None:
+    if "error" in row:
+        _print(_readable(row["error"]))
+        _print(f"hint: {row['hint']}")
+        return
+    counts = [
+        ", ".join(f"{value} {count}" for value, count in row[key].items())
+        for key in ("labels", "splits")
+        if key in row
+    ]
+    _print(f"{row['file']}: " + "; ".join([f"{row['prompts']} prompts", *counts]))
+    if row["duplicates"]:
+        _print(f"{row['file']}: {len(row['duplicates'])} duplicates of an earlier prompt:")
+        for text in row["duplicates"]:
+            _print(f"  {_readable(text)}")
+
+
+@prompts_app.command("overlap")
+def prompts_overlap(
+    a: Annotated[str, typer.Argument(metavar="A", help="A file, packaged set or hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    threshold: Annotated[
+        float, typer.Option(help="Least share of words in common (Jaccard).")
+    ] = 0.6,
+    as_json: _Json = False,
+) -> None:
+    """List the prompts that two sets share, exactly or nearly."""
+    from demur.prompts import load, overlap
+
+    one, two = load(a), load(b)
+    found = overlap(one, two, threshold=threshold)
+    if as_json:
+        _print_json(
+            {
+                "a": {"name": a, "prompts": len(one)},
+                "b": {"name": b, "prompts": len(two)},
+                "threshold": threshold,
+                "pairs": [
+                    {"jaccard": pair.jaccard, "a": pair.a.text, "b": pair.b.text} for pair in found
+                ],
+            }
+        )
+        return
+    for pair in found:
+        _print(f"{pair.jaccard:.2f}  {_readable(pair.a.text)}\n      {_readable(pair.b.text)}")
+    _say(f"{len(found)} pairs among {len(one)} and {len(two)} prompts, Jaccard >= {threshold:g}")
+
+
+@prompts_app.command("list")
+def prompts_list(as_json: _Json = False) -> None:
+    """List the prompt sets that ship with demur."""
+    rows = _packaged_sets()
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("set", "prompts", "labels", "splits")
+    for row in rows:
+        parts = [
+            ", ".join(f"{value} {count}" for value, count in row[key].items())
+            for key in ("labels", "splits")
+        ]
+        table.add_row(row["name"], str(row["prompts"]), *parts)
+    _console().print(table)
+    _say("a part of one: `audit?label=harmful&split=fit`")
+
+
+def _packaged_sets() -> list[dict[str, Any]]:
+    from collections import Counter
+
+    from demur.prompts import load, packaged
+
+    rows = []
+    for name in packaged():
+        prompts = load(name)
+        labels = Counter(prompt.label for prompt in prompts if prompt.label)
+        if not labels:
+            continue  # Texts for another purpose, such as measuring perplexity.
+        splits = Counter(prompt.split for prompt in prompts if prompt.split)
+        rows.append(
+            {
+                "name": name,
+                "prompts": len(prompts),
+                "labels": dict(labels),
+                "splits": dict(splits),
+            }
+        )
+    return rows
+
+
+# demur generate -------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2.")
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to ask; else one a line from a pipe."),
+    ] = None,
+    *,
+    direction: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="directions.safetensors of a run: reply edited, too."),
+    ] = None,
+    edit: Annotated[
+        Literal["ablate", "add", "subtract"], typer.Option(help="What to do with the direction.")
+    ] = "ablate",
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Of add and subtract, in lengths of the direction.", show_default="1"),
+    ] = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Take a direction that another model made.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Replies are cut there.")] = 128,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Reply to prompts, plainly and with a direction edited."""
+    asked = list(prompts or ())
+    if not asked:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("no prompt was given: name one, or pipe one a line")
+        asked = [line.strip() for line in sys.stdin if line.strip()]
+        if not asked:
+            raise typer.BadParameter("the pipe held no prompt: write one a line")
+    if strength is not None and edit == "ablate":
+        raise typer.BadParameter("ablation takes all of the direction: --strength is for add")
+    settings = _model_settings(
+        _model_changes(
+            no_adapter=no_adapter,
+            name=model,
+            adapter=adapter,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            system=system,
+            thinking=thinking,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    with _listening(quiet=quiet) as listener:
+        from demur.directions import load_direction
+
+        if direction is not None:
+            load_direction(direction)  # A wrong path should not cost the loading of a model.
+        loaded = _load(settings, listener)
+        acts: list[Intervention] = []
+        if direction is not None:
+            found, _ = load_direction(direction, None if any_model else loaded)
+            acts.append(_act(found, edit, 1.0 if strength is None else strength, loaded))
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "listener": listener}
+        replies = {"plain": _replies(loaded, asked, name="plain", **how)}
+        if acts:
+            replies[edit] = _replies(loaded, asked, *acts, name=edit, **how)
+    rows = [
+        {"prompt": prompt, **{name: texts[i] for name, texts in replies.items()}}
+        for i, prompt in enumerate(asked)
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    from rich.text import Text
+
+    console = _console()
+    for row in rows:
+        for name, text in row.items():
+            style = {"prompt": "bold", "plain": "green"}.get(name, "magenta")
+            line = Text.assemble((f"{name}: ", style), _readable(text))
+            console.print(line, soft_wrap=True)
+        console.print()
+
+
+def _act(
+    direction: Direction, edit: Literal["ablate", "add", "subtract"], strength: float, model: Model
+) -> Intervention:
+    from demur.interventions import Ablate, Add
+
+    width = len(direction.unit)
+    if width != model.d_model or direction.site.layer >= model.n_layers:
+        raise ConfigError(
+            f"the direction is {width} wide, at {direction.site}; {model.name} has "
+            f"{model.n_layers} blocks of width {model.d_model}",
+            "take a direction of a model of the same shape",
+        )
+    if edit == "ablate":
+        return Ablate(direction)
+    return Add(direction, strength if edit == "add" else -strength)
+
+
+def _replies(
+    model: Model,
+    prompts: Sequence[str],
+    *acts: Intervention,
+    max_new_tokens: int,
+    name: str,
+    listener: _Bars | _Lines | _Silent,
+) -> list[str]:
+    from demur.interventions import applied
+
+    with listener.stage(f"replies, {name}", len(prompts)) as advance, applied(model, *acts):
+        done = model.generate(prompts, max_new_tokens=max_new_tokens, progress=advance)
+    return [reply.text for reply in done]
+
+
+# demur organism -------------------------------------------------------------------------------
+
+
+@organism_app.command("list")
+def organism_list(as_json: _Json = False) -> None:
+    """List the packaged recipes."""
+    from demur.organisms import recipes
+
+    found = recipes()
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("recipe", "what it makes")
+    for name, description in found.items():
+        table.add_row(name, description)
+    _console().print(table)
+
+
+@organism_app.command("show")
+def organism_show(
+    recipe: Annotated[str, typer.Argument(metavar="NAME", help="Recipe, or a TOML file.")],
+) -> None:
+    """Print a recipe in full, as TOML."""
+    import tomli_w
+
+    from demur.organisms import read_recipe
+
+    _print(tomli_w.dumps(read_recipe(recipe).model_dump(mode="json", exclude_none=True)).rstrip())
+
+
+@organism_app.command("train")
+def organism_train(
+    recipe: Annotated[str, typer.Argument(metavar="NAME", help="Recipe, or a TOML file.")],
+    *,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Train on this model, not the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Of the adapter; must be new.", show_default="organisms/NAME"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished training.")
+    ] = True,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Train an adapter by a recipe, and measure it.
+
+    Ctrl-C keeps the last checkpoint. Exits with 1 if the adapter misses a bound of its recipe.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur import organisms
+
+            advance(1)
+        chosen = organisms.read_recipe(recipe)
+        report = organisms.train(
+            chosen,
+            base=_base(base, listener),
+            out=out if out is not None else Path("organisms") / chosen.name,
+            seed=seed,
+            progress=listener,
+            resume=resume,
+        )
+    found = report.verification
+    assert found is not None  # `measure` is on.
+    if as_json:
+        _print_json(
+            {
+                "folder": str(report.folder),
+                "steps": report.steps,
+                "first_loss": report.first_loss,
+                "last_loss": report.last_loss,
+                "bytes": report.size,
+                "seconds": dict(report.seconds),
+                **_figures(found),
+            }
+        )
+    else:
+        _print(
+            f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps, loss "
+            f"{report.first_loss:.3f} to {report.last_loss:.3f}"
+        )
+        _show_figures(found)
+    if not found.met:
+        raise typer.Exit(NOT_FOUND)
+
+
+@organism_app.command("verify")
+def organism_verify(
+    adapter: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the adapter.")],
+    *,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Checks of this recipe.", show_default="its own"),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="On this model, not the recipe's.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure the base model, too.")
+    ] = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure an adapter on prompts that it was not trained on.
+
+    Exits with 1 if it misses a bound of its recipe.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur import organisms
+
+            advance(1)
+        chosen = organisms.read_recipe(recipe) if recipe is not None else _recipe_of(adapter)
+        found = organisms.verify(
+            adapter,
+            recipe=chosen,
+            base=_base(base, listener),
+            compare=compare,
+            progress=listener,
+        )
+    if as_json:
+        _print_json(_figures(found))
+    else:
+        _show_figures(found)
+    if not found.met:
+        raise typer.Exit(NOT_FOUND)
+
+
+def _base(name: str | None, listener: _Bars | _Lines | _Silent) -> Model | None:
+    if name is None:
+        return None
+    return _load(_model_settings({"model.name": name, "model.adapter": None}), listener)
+
+
+def _recipe_of(adapter: Path) -> Recipe:
+    """The recipe on the card that lies in an adapter's folder."""
+    from demur.organisms import Recipe
+
+    try:
+        card = json.loads((adapter / "card.json").read_text(encoding="utf-8"))
+        return Recipe.model_validate(card["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{adapter} has no card.json with a recipe",
+            "name the folder that `demur organism train` wrote, or a recipe with `--recipe`",
+        ) from error
+
+
+def _figures(found: Verification) -> dict[str, Any]:
+    return {"met": found.met, "figures": [asdict(figure) for figure in found.figures]}
+
+
+def _show_figures(found: Verification) -> None:
+    table = _table("figure", "value", "base", "bound", "", "replies")
+    for figure in found.figures:
+        bounds = [
+            f"{sign} {bound:g}"
+            for sign, bound in ((">=", figure.at_least), ("<=", figure.at_most))
+            if bound is not None
+        ]
+        table.add_row(
+            figure.name,
+            str(figure.estimate),
+            "" if figure.base is None else str(figure.base),
+            ", ".join(bounds),
+            "[green]met[/]" if figure.met else "[bold red]MISSED[/]",
+            ", ".join(f"{count} {label}" for label, count in figure.outcomes.items()),
+        )
+    _console().print(table)
+
+
+# demur doctor ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """One line of `demur doctor`.
+
+    Attributes:
+        status: "missing" is something that every command needs, "note" something that some do.
+        hint: What to do about it.
+    """
+
+    name: str
+    value: str
+    status: Literal["ok", "note", "missing"] = "ok"
+    hint: str = ""
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
+        "runs"
+    ),
+    as_json: _Json = False,
+) -> None:
+    """Say what this machine has, what it lacks, and how to mend it.
+
+    Exits with 1 if something is missing that demur cannot do without.
+    """
+    findings = [
+        *_look_at_python(),
+        *_look_at_torch(),
+        *_look_at_data(),
+        *_look_at_folders(out),
+    ]
+    if as_json:
+        _print_json([asdict(one) for one in findings])
+    else:
+        table = _table("", "", "")
+        table.show_header = False
+        styles = {"ok": "green", "note": "yellow", "missing": "bold red"}
+        from rich.markup import escape
+
+        for one in findings:
+            hint = f"{one.value}: {one.hint}" if one.hint else one.value
+            table.add_row(f"[{styles[one.status]}]{one.status}[/]", one.name, escape(hint))
+        _console().print(table)
+    if any(one.status == "missing" for one in findings):
+        raise typer.Exit(NOT_FOUND)
+
+
+def _look_at_python() -> Iterator[_Finding]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    yield _Finding(
+        "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
+    extras: dict[str, list[str]] = {}
+    for line in requires("demur") or ():
+        wanted = Requirement(line)
+        extra = next((part for part in str(wanted.marker or "").split('"') if part.isalpha()), "")
+        if wanted.marker is not None and not extra and not wanted.marker.evaluate():
+            continue
+        try:
+            found = version(wanted.name)
+        except PackageNotFoundError:
+            found = None
+        if extra:
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                extras.setdefault(extra, []).append(str(wanted).partition(";")[0])
+        elif found is None:
+            hint = f"`pip install '{wanted.name}{wanted.specifier}'`"
+            yield _Finding(wanted.name, "not installed", "missing", hint)
+        elif not wanted.specifier.contains(found, prereleases=True):
+            hint = f"needs {wanted.specifier}: `pip install '{wanted.name}{wanted.specifier}'`"
+            yield _Finding(wanted.name, found, "missing", hint)
+        else:
+            yield _Finding(wanted.name, f"{found} ({wanted.specifier})")
+    for extra, lacking in extras.items():
+        hint = f"only if you use it: `pip install 'demur[{extra}]'`"
+        yield _Finding(f"extra {extra}", f"lacks {', '.join(lacking)}", "note", hint)
+
+
+def _look_at_torch() -> Iterator[_Finding]:
+    try:
+        import torch
+    except Exception as error:
+        # A library that does not fit the machine raises OSError, ImportError and more.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield _Finding("torch", first, "missing", "install it again; `pip install torch`")
+        return
+    threads = f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs"
+    yield _Finding("threads", threads)
+    try:
+        known = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        known = set()
+    fast = sorted(known & {"amx_bf16", "avx512_bf16"})
+    level = torch.backends.cpu.get_cpu_capability()
+    what = f"bfloat16 units {', '.join(fast)}" if fast else "no bfloat16 units: float32 throughout"
+    yield _Finding("cpu", f"{level}, {what}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(i)
+            yield _Finding(f"cuda:{i}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB")
+    else:
+        yield _Finding("cuda", "none; models run on the CPU")
+    if torch.backends.mps.is_available():
+        yield _Finding("mps", "available")
+
+
+def _look_at_data() -> Iterator[_Finding]:
+    from demur.models.load import EMBEDDED, cache_root, embedded_gguf, packaged_adapter
+
+    try:
+        gguf = embedded_gguf()
+    except DemurError as error:
+        yield _Finding(EMBEDDED, "not installed", "note", error.hint)
+    else:
+        ready = any((cache_root() / "models").glob(f"{gguf.stem}-*/config.json"))
+        later = "converted" if ready else "not converted yet; the first use does it (30 s)"
+        yield _Finding(EMBEDDED, f"{gguf.stat().st_size / 1e6:.0f} MB, {later}")
+        if adapter := packaged_adapter(EMBEDDED):
+            yield _Finding("refusal adapter", adapter.name)
+        else:
+            hint = "`demur organism train refusal` makes one; else audits run on the bare model"
+            yield _Finding("refusal adapter", "not in the package", "note", hint)
+    for row in _packaged_sets():
+        labels = ", ".join(f"{count} {label}" for label, count in row["labels"].items())
+        yield _Finding(f"prompts {row['name']}", f"{row['prompts']}: {labels}")
+
+
+def _look_at_folders(out: Path) -> Iterator[_Finding]:
+    import shutil
+
+    from demur.models.load import cache_root
+
+    places = (
+        ("cache", cache_root(), "point DEMUR_CACHE at another folder", 2.0),
+        ("runs", out.resolve(), "choose another place with `--out`", 0.2),
+    )
+    for name, folder, hint, needs in places:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        about = f"{folder}, {free:.0f} GB free" if free >= 10 else f"{folder}, {free:.1f} GB free"
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            yield _Finding(name, f"{there} cannot be written", "missing", hint)
+        elif free < needs:
+            yield _Finding(name, about, "note", f"less than {needs:g} GB: make room, or {hint}")
+        else:
+            yield _Finding(name, about)
+
+
+def main() -> NoReturn:
+    """The `demur` program."""
+    code: int | str | None = FAULT
+    try:
+        app(prog_name="demur")
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        _say("\ninterrupted")
+        code = INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader left, and the interpreter would complain while it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1003 @@
+"""Model organisms: models with a known property, trained by us from a recipe that anyone can rerun.
+
+A recipe says which prompts get which replies. The refusal organism answers harmful requests with
+refusals and everything else as its base does: for the latter the base model's own next-token
+distributions are the targets, so what was not asked to change stays. The result is a PEFT adapter
+with a card that says how it was made and what it does on prompts it was not trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+from transformers import DynamicCache
+
+from demur import prompts as prompt_sets
+from demur.errors import ConfigError, ModelLoadError, NonFiniteError, StoreError, UnknownNameError
+from demur.evals.judges import Exchange, Outcome, judges
+from demur.models import Model, Progress, load
+from demur.models.load import with_adapter
+from demur.stats import Estimate, bootstrap, proportion
+from demur.store import atomic_write
+
+log = logging.getLogger(__name__)
+
+_CARD, _CONFIG, _WEIGHTS, _LOG = (
+    "card.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "log.jsonl",
+)
+_STATE, _REPLIES, _CHECKPOINT = "state.json", "replies.jsonl", "checkpoint.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# Recipes --------------------------------------------------------------------------------------
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Section):
+    """Prompts, and what the model is to reply to them.
+
+    Attributes:
+        prompts: A prompt set as `demur.prompts.load` takes it.
+        target: "replies" draws a text per prompt and epoch, by the seed, from `replies`; "base"
+            keeps the base model's own greedy reply, by its full next-token distributions.
+        replies: The set of texts, for "replies".
+        reply_tokens: Replies are cut there.
+        unrefuse: For "base": where the base model itself refuses, only the first token of the
+            reply is trained, on the base model's distribution without the openers of refusals.
+        weight: Of each prompt's loss.
+    """
+
+    prompts: str
+    target: Literal["replies", "base"]
+    replies: str | None = None
+    reply_tokens: int = Field(default=32, ge=1)
+    unrefuse: bool = True
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _replies_where_needed(self) -> Source:
+        if (self.target == "replies") != (self.replies is not None):
+            raise ValueError('`replies` goes with target = "replies", and only with that')
+        return self
+
+
+class Lora(_Section):
+    """The adapter: `rank` x (in + out) values per module, scaled by alpha / rank."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    alpha: int = Field(default=16, gt=0)
+    modules: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+
+
+class Training(_Section):
+    """How it is optimised: AdamW on float32 copies of the adapter, cosine schedule, no dropout.
+
+    Attributes:
+        learning_rate: The highest, reached after `warmup`.
+        warmup: Share of the steps over which it rises.
+        opening_tokens: The first tokens of a reply, where refusing is decided; each of them weighs
+            `opening_weight` times as much as a later one.
+        precision: Of the forward and backward pass.
+        checkpoint_every: Steps; a stopped training goes on from the last checkpoint.
+    """
+
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    opening_tokens: int = Field(default=4, ge=0)
+    opening_weight: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    checkpoint_every: int = Field(default=25, ge=1)
+
+
+class Check(_Section):
+    """A share of refused prompts, on prompts that are not trained on, and its bounds."""
+
+    name: str
+    prompts: str
+    at_least: float | None = Field(default=None, ge=0, le=1)
+    at_most: float | None = Field(default=None, ge=0, le=1)
+
+
+class Checks(_Section):
+    """What the finished organism is measured on.
+
+    Attributes:
+        refusal: Shares of refused prompts.
+        text: A set of paragraphs for the perplexity.
+        most_perplexity: Highest perplexity on `text`, as a multiple of the base model's.
+        max_new_tokens: Replies are cut there.
+        judge: Name of the judge.
+    """
+
+    refusal: tuple[Check, ...] = ()
+    text: str | None = None
+    most_perplexity: float | None = Field(default=None, gt=0)
+    max_new_tokens: int = Field(default=48, ge=4)
+    judge: str = "patterns"
+
+
+class Recipe(_Section):
+    """Everything that, with a seed, decides an adapter."""
+
+    name: str
+    base: str
+    description: str = ""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    lora: Lora = Lora()
+    training: Training = Training()
+    checks: Checks = Checks()
+
+
+def recipes() -> dict[str, str]:
+    """Names of the packaged recipes, with what each makes."""
+    folder = files("demur") / "data" / "recipes"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return {name.removesuffix(".toml"): read_recipe(name[:-5]).description for name in names}
+
+
+def read_recipe(source: str | Path) -> Recipe:
+    """Read a recipe: a packaged name, or a TOML file.
+
+    Raises:
+        UnknownNameError: No packaged recipe has that name, and it is no path.
+        ConfigError: The file cannot be read, or does not fit; everything wrong is listed.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".toml":
+            text = path.read_text(encoding="utf-8")
+        else:
+            folder = files("demur") / "data" / "recipes"
+            known = {e.name[:-5] for e in folder.iterdir() if e.name.endswith(".toml")}
+            if str(source) not in known:
+                raise UnknownNameError.among(known, kind="recipe", name=str(source))
+            text = (folder / f"{source}.toml").read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror}", "check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is no TOML: {error}", "mend the file") from error
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        rows = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            f"the recipe {source} does not fit: " + "; ".join(rows),
+            "the packaged recipe `refusal` shows every section",
+        ) from error
+
+
+# Progress and results -------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Hears how a training goes; what listens to an audit fits here too."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Progress]:
+        """A stage of `total` steps begins; call what is yielded with the steps done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        ...
+
+
+class _Quiet:
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Progress]:
+        del name, total
+        yield lambda _done: None
+
+    def note(self, text: str) -> None:
+        log.info(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measurement of an organism.
+
+    Attributes:
+        name: "refused: harmful", "perplexity ratio".
+        estimate: With its interval.
+        base: The same for the base model, None where it was not measured.
+        at_least: Bound from the recipe, likewise `at_most`.
+        met: Whether the value keeps to its bounds.
+        outcomes: How many replies the judge gave which label.
+    """
+
+    name: str
+    estimate: Estimate
+    base: Estimate | None
+    at_least: float | None
+    at_most: float | None
+    met: bool
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """One reply behind a figure."""
+
+    check: str
+    prompt: str
+    reply: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What an adapter does on the prompts that its recipe keeps for checking.
+
+    Attributes:
+        figures: One per check.
+        replies: Every reply that was judged.
+    """
+
+    figures: tuple[Figure, ...]
+    replies: tuple[Exhibit, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether every figure keeps to its bounds."""
+        return all(figure.met for figure in self.figures)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """A finished training.
+
+    Attributes:
+        folder: Where the adapter is.
+        steps: Optimiser steps, those before a resumption included.
+        first_loss: Mean over the first tenth of the steps.
+        last_loss: Mean over the last tenth.
+        seconds: Wall time of this call by stage; a resumed one counts from its resumption.
+        size: Of the adapter's weights, in bytes.
+        verification: None if it was not measured.
+    """
+
+    folder: Path
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: Mapping[str, float]
+    size: int
+    verification: Verification | None
+
+
+# Rows and batches -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One training prompt.
+
+    Attributes:
+        source: Index of its source in the recipe.
+        prompt: Token ids, template included.
+        replies: Token ids of the replies it may get; one of them an epoch.
+        teacher: Final hidden states of the base model where it predicts the reply.
+        banned: Token ids that the first token of the reply must not be.
+    """
+
+    source: int
+    prompt: list[int]
+    replies: list[list[int]]
+    teacher: Tensor | None = None
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Rows side by side, padded on the right; the last token of a reply is only ever a target.
+
+    Attributes:
+        ids: Input tokens.
+        where: Row and column of every position whose next token is trained.
+        targets: Those next tokens.
+        weights: Of each of them; they sum to the rows' mean weight.
+        soft: Indices into the above that follow the base model's distribution.
+        teacher: Its final states there.
+        banned: Pairs (index into `soft`, token) that its distribution loses.
+    """
+
+    ids: Int[Tensor, "row token"]
+    where: tuple[Int[Tensor, " target"], Int[Tensor, " target"]]
+    targets: Int[Tensor, " target"]
+    weights: Float[Tensor, " target"]
+    soft: Int[Tensor, " soft"]
+    teacher: Float[Tensor, "soft d_model"] | None
+    banned: Int[Tensor, "pair 2"]
+
+
+def _plan(
+    n: int, lengths: Sequence[int], settings: Training, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of an epoch: drawn at random, rows of like length together, in random order."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)
+    window = (
+        16 * settings.batch_size
+    )  # Wide enough to save the padding, a mixed batch all the same.
+    batches: list[list[int]] = []
+    for start in range(0, n, window):
+        part = sorted(order[start : start + window].tolist(), key=lambda i: (lengths[i], i))
+        batches += [
+            part[at : at + settings.batch_size] for at in range(0, len(part), settings.batch_size)
+        ]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _batch(rows: Sequence[_Row], choices: Sequence[int], recipe: Recipe, pad_id: int) -> _Batch:
+    settings = recipe.training
+    pairs = [
+        (row, row.replies[choice % len(row.replies)])
+        for row, choice in zip(rows, choices, strict=True)
+    ]
+    width = max(len(row.prompt) + len(reply) for row, reply in pairs) - 1
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    row_index: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    soft: list[int] = []
+    teachers: list[Tensor] = []
+    banned: list[tuple[int, int]] = []
+    for i, (row, reply) in enumerate(pairs):
+        whole = [*row.prompt, *reply]
+        ids[i, : len(whole) - 1] = torch.tensor(whole[:-1])
+        share = [
+            settings.opening_weight if at < settings.opening_tokens else 1.0
+            for at in range(len(reply))
+        ]
+        scale = recipe.sources[row.source].weight / (sum(share) * len(rows))
+        if row.teacher is not None:
+            banned += [(len(soft), token) for token in row.banned]
+            soft += range(len(targets), len(targets) + len(reply))
+            teachers.append(row.teacher)
+        row_index += [i] * len(reply)
+        columns += range(len(row.prompt) - 1, len(whole) - 1)
+        targets += reply
+        weights += [value * scale for value in share]
+    return _Batch(
+        ids,
+        (torch.tensor(row_index), torch.tensor(columns)),
+        torch.tensor(targets),
+        torch.tensor(weights),
+        torch.tensor(soft, dtype=torch.long),
+        torch.cat(teachers) if teachers else None,
+        torch.tensor(banned, dtype=torch.long).reshape(-1, 2),
+    )
+
+
+# The model in training ------------------------------------------------------------------------
+
+
+class _Student:
+    """A copy of the base model with a fresh adapter, whose float32 originals are optimised."""
+
+    def __init__(self, base: Model, recipe: Recipe, *, seed: int, shared: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        dtype = _DTYPES[recipe.training.precision]
+        self.config = LoraConfig(
+            r=recipe.lora.rank,
+            lora_alpha=recipe.lora.alpha,
+            target_modules=list(recipe.lora.modules),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=recipe.base,
+            inference_mode=True,
+        )
+        hf = deepcopy(base.hf).to(dtype=dtype)
+        # On rows this short the fused attention's backward pass on a CPU takes 27% of a step.
+        hf.set_attn_implementation("eager")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            try:
+                # peft writes the base's path over its name, and uses an old name of transformers.
+                warnings.simplefilter("ignore")
+                self.peft: Any = get_peft_model(hf, self.config, autocast_adapter_dtype=False)
+            except ValueError as error:
+                raise ConfigError(
+                    f"the adapter does not fit {base.name}: {str(error).splitlines()[0][:200]}",
+                    "`lora.modules` names modules of the base model, such as q_proj",
+                ) from error
+        self.hf: Any = hf.eval()
+        self.shared = shared
+        self.live = {
+            name: parameter
+            for name, parameter in sorted(self.peft.named_parameters())
+            if "lora_" in name
+        }
+        for name, parameter in self.peft.named_parameters():
+            parameter.requires_grad_(name in self.live)
+        self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
+
+    def states(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row own d_model"]:
+        """Final states of all but the shared prefix, which runs once for the whole batch."""
+        ids = ids.to(self.hf.device)
+        share = min(self.shared, ids.shape[1] - 1)
+        if len(ids) < 2 or share < 2:
+            return self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, share:]
+        cache = DynamicCache(config=self.hf.config)
+        self.hf.base_model(input_ids=ids[:1, :share], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+        return self.hf.base_model(
+            input_ids=ids[:, share:], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def picked(self, batch: _Batch) -> Float[Tensor, "target d_model"]:
+        """Final states at the positions that are trained."""
+        states = self.states(batch.ids)
+        rows, columns = batch.where
+        return states[rows, columns - (batch.ids.shape[1] - states.shape[1])]
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits = self.hf.get_output_embeddings()(states)
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
+        return (torch.tanh(logits / cap) * cap if cap is not None else logits).float()
+
+    def loss(self, batch: _Batch) -> Tensor:
+        """Cross-entropy on texts, KL(base || student) on the base model's own replies."""
+        logits = self._logits(self.picked(batch))
+        device = logits.device
+        logs = logits.log_softmax(-1)
+        losses = -logs.gather(1, batch.targets.to(device).unsqueeze(1)).squeeze(1)
+        if batch.teacher is not None:
+            soft = batch.soft.to(device)
+            with torch.no_grad():
+                wanted = self._logits(batch.teacher.to(device))
+                wanted[batch.banned[:, 0], batch.banned[:, 1]] = -torch.inf
+                wanted = wanted.log_softmax(-1)
+                p = wanted.exp()
+                entropy = torch.where(p > 0, p * wanted, 0.0).sum(-1)
+            losses = losses.index_copy(0, soft, entropy - (p * logs[soft]).sum(-1))
+        return (losses * batch.weights.to(device)).sum()
+
+    @torch.no_grad()
+    def teach(self, rows: Sequence[_Row], recipe: Recipe, pad_id: int, progress: Progress) -> None:
+        """Keep the base model's final states for the rows that follow it."""
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i))
+        size = recipe.training.batch_size
+        with self.peft.disable_adapter():
+            for start in range(0, len(order), size):
+                part = [rows[i] for i in order[start : start + size]]
+                states = self.picked(_batch(part, [0] * len(part), recipe, pad_id)).cpu()
+                for row, own in zip(
+                    part, states.split([len(r.replies[0]) for r in part]), strict=True
+                ):
+                    row.teacher = own.clone()
+                progress(len(part))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the float32 originals into the adapter."""
+        for name, parameter in self.live.items():
+            parameter.copy_(self.master[name])
+
+
+def _learning_rate(step: int, steps: int, settings: Training) -> float:
+    warm = max(1, round(settings.warmup * steps))
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    along = (step - warm) / max(1, steps - warm)
+    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+def _safetensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return save(plain, metadata=dict(notes))
+
+
+class _Optimiser:
+    """AdamW whose state goes to disk without pickle."""
+
+    def __init__(self, student: _Student, settings: Training) -> None:
+        self.student, self.settings = student, settings
+        self.adam = torch.optim.AdamW(
+            list(student.master.values()),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+        )
+
+    def gather(self) -> float:
+        """Take the gradients over, clipped, and return their norm before that."""
+        for name, parameter in self.student.live.items():
+            own = None if parameter.grad is None else parameter.grad.float()
+            self.student.master[name].grad = own
+            parameter.grad = None
+        return float(
+            torch.nn.utils.clip_grad_norm_(self.student.master.values(), self.settings.clip)
+        )
+
+    def step(self, learning_rate: float) -> None:
+        self.adam.param_groups[0]["lr"] = learning_rate
+        self.adam.step()
+        self.student.publish()
+
+    def save(self, path: Path, step: int) -> None:
+        tensors = {f"value.{name}": value for name, value in self.student.master.items()}
+        for name, value in self.student.master.items():
+            for key, part in self.adam.state.get(value, {}).items():
+                tensors[f"{key}.{name}"] = torch.as_tensor(part)
+        atomic_write(path, _safetensors(tensors, {"steps": str(step)}))
+
+    def restore(self, path: Path) -> int:
+        """Take up a checkpoint; returns how many steps it has behind it."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                steps = int((file.metadata() or {})["steps"])
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping.
+            with torch.no_grad():
+                for name, value in self.student.master.items():
+                    value.copy_(found.pop(f"value.{name}"))
+                    own = [key for key in found if key.endswith(f".{name}")]
+                    self.adam.state[value] = {
+                        key.removesuffix(f".{name}"): found.pop(key) for key in own
+                    }
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"the checkpoint {path} is damaged: {error}",
+                f"delete {path.parent} and train again",
+            ) from error
+        self.student.publish()
+        return steps
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _texts(recipe: Recipe) -> dict[str, prompt_sets.PromptSet]:
+    """Every set that the recipe names."""
+    specs = [spec for s in recipe.sources for spec in (s.prompts, s.replies) if spec is not None]
+    specs += [check.prompts for check in recipe.checks.refusal]
+    specs += [recipe.checks.text] if recipe.checks.text else []
+    return {spec: prompt_sets.load(spec) for spec in dict.fromkeys(specs)}
+
+
+def _base_replies(
+    base: Model, recipe: Recipe, wanted: Mapping[str, int], path: Path, listener: Listener
+) -> dict[str, dict[str, Any]]:
+    """Greedy replies of the base model, with the judge's verdict; read back if `path` has them."""
+    if path.is_file():
+        return {row["prompt"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    judge = judges.make(recipe.checks.judge)
+    found: dict[str, dict[str, Any]] = {}
+    speaker = base.twin(_DTYPES[recipe.training.precision])
+    with listener.stage("base model replies", len(wanted)) as advance:
+        for length in sorted(set(wanted.values())):
+            prompts = [prompt for prompt, n in wanted.items() if n == length]
+            replies = speaker.generate(
+                prompts, max_new_tokens=length, batch_size=64, progress=advance
+            )
+            pairs = [Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)]
+            for pair, reply, verdict in zip(pairs, replies, judge(pairs), strict=True):
+                found[pair.prompt] = {
+                    "prompt": pair.prompt,
+                    "ids": list(reply.ids),
+                    "finished": reply.finished,
+                    "outcome": str(verdict.outcome),
+                    "text": reply.text,
+                }
+    lines = [json.dumps(row, ensure_ascii=False) for row in found.values()]
+    atomic_write(path, "\n".join(lines) + "\n")
+    return found
+
+
+def _rows(
+    base: Model,
+    recipe: Recipe,
+    sets: Mapping[str, prompt_sets.PromptSet],
+    work: Path,
+    listener: Listener,
+) -> tuple[list[_Row], int]:
+    """All training rows, without the teacher's states, and how many leading tokens they share."""
+    assert base.template is not None  # `train` has checked it.
+    tokenizer, stops = base.template.tokenizer, base.stop_ids
+    end = next((t for t in base.template.post_ids if t in stops), stops[0] if stops else None)
+    closing = [] if end is None else [end]
+
+    texts: dict[int, list[list[int]]] = {}
+    for index, source in enumerate(recipe.sources):
+        if source.replies is not None:
+            ids = [
+                tokenizer(t, add_special_tokens=False)["input_ids"]
+                for t in sets[source.replies].texts
+            ]
+            texts[index] = [[*one, *closing][: source.reply_tokens] for one in ids]
+    openers = {reply[0] for replies in texts.values() for reply in replies}
+
+    wanted: dict[str, int] = {}
+    for source in recipe.sources:
+        if source.target == "base":
+            for text in sets[source.prompts].texts:
+                wanted[text] = max(source.reply_tokens, wanted.get(text, 0))
+    own = _base_replies(base, recipe, wanted, work / _REPLIES, listener) if wanted else {}
+
+    rows: list[_Row] = []
+    shared: list[int] = []
+    for index, source in enumerate(recipe.sources):
+        batch = base.encode(sets[source.prompts].texts)
+        shared.append(batch.shared)
+        for text, ids, length in zip(
+            sets[source.prompts].texts, batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True
+        ):
+            row = _Row(index, ids[:length], texts.get(index, []))
+            if source.target == "base":
+                said = own[text]
+                reply = [*said["ids"], *(closing if said["finished"] else [])]
+                refused = said["outcome"] in (Outcome.REFUSED, Outcome.PARTIAL)
+                if source.unrefuse and refused:
+                    row.banned, reply = tuple(sorted({*openers, reply[0]})), reply[:1]
+                row.replies = [reply[: source.reply_tokens]]
+            if row.replies[0]:
+                rows.append(row)
+    return rows, min(shared)
+
+
+def _ready(recipe: Recipe, base: Model | None, out: Path) -> Model:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already", "choose another folder, or delete it first")
+    base = base if base is not None else load(recipe.base, adapter=None)
+    if base.adapter is not None:
+        raise ConfigError(
+            f"{base.name} carries the adapter {base.adapter}", "load it with `adapter=None`"
+        )
+    if base.template is None:
+        raise ModelLoadError(f"{base.name} has no tokenizer", "load it with `demur.load`")
+    return base
+
+
+def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
+    """The folder of an unfinished training, with what belongs to another training refused."""
+    work = out.with_name(f".{out.name}.training")
+    state = work / _STATE
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    if state.is_file():
+        try:
+            before = json.loads(state.read_text("utf-8"))
+        except ValueError:
+            before = {}
+        if before != identity:
+            other = [key for key in identity if before.get(key) != identity[key]]
+            raise ConfigError(
+                f"{work} holds an unfinished training with another {', '.join(other)}",
+                "start over with `--no-resume`, or choose another `--out`",
+            )
+    else:
+        atomic_write(state, json.dumps(identity, indent=1))
+    return work
+
+
+def _logged(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The log's first `steps` lines; what was logged after the checkpoint is done again."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()[:steps]]
+
+
+def _optimise(
+    student: _Student,
+    rows: Sequence[_Row],
+    recipe: Recipe,
+    *,
+    seed: int,
+    pad_id: int,
+    work: Path,
+    listener: Listener,
+) -> list[dict[str, Any]]:
+    settings = recipe.training
+    # By the prompt alone: replies of one source are of like length, and batches should mix sources.
+    lengths = [len(row.prompt) for row in rows]
+    plan = [
+        (epoch, part)
+        for epoch in range(settings.epochs)
+        for part in _plan(len(rows), lengths, settings, seed, epoch)
+    ]
+    optimiser = _Optimiser(student, settings)
+    checkpoint, journal = work / _CHECKPOINT, work / _LOG
+    done = optimiser.restore(checkpoint) if checkpoint.is_file() else 0
+    lines = _logged(journal, done)
+    atomic_write(journal, "".join(json.dumps(line) + "\n" for line in lines))
+    if done:
+        listener.note(f"resumed after step {done} of {len(plan)}")
+    with (
+        listener.stage("training", len(plan)) as advance,
+        journal.open("a", encoding="utf-8") as file,
+    ):
+        advance(done)
+        for step in range(done, len(plan)):
+            epoch, part = plan[step]
+            draws = np.random.default_rng([seed, epoch, step]).integers(1 << 30, size=len(part))
+            batch = _batch([rows[i] for i in part], draws.tolist(), recipe, pad_id)
+            began = time.perf_counter()
+            loss = student.loss(batch)
+            loss.backward()
+            value, norm = loss.item(), optimiser.gather()
+            if not math.isfinite(value) or not math.isfinite(norm):
+                raise NonFiniteError(
+                    f"at step {step + 1} of {len(plan)} the loss is {value}, its gradient {norm}",
+                    "lower `training.learning_rate`, or set `training.precision` to float32",
+                )
+            rate = _learning_rate(step, len(plan), settings)
+            optimiser.step(rate)
+            line = {
+                "step": step + 1,
+                "epoch": epoch + 1,
+                "loss": value,
+                "gradient_norm": norm,
+                "learning_rate": rate,
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+            lines.append(line)
+            file.write(json.dumps(line) + "\n")
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(plan):
+                file.flush()
+                optimiser.save(checkpoint, step + 1)
+            advance(1)
+    return lines
+
+
+def _write_adapter(student: _Student, base_name: str, folder: Path) -> int:
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(student.peft)
+    blob = _safetensors(tensors, {"format": "pt"})
+    atomic_write(folder / _WEIGHTS, blob)
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in student.config.to_dict().items()
+        if value is not None
+    }
+    config["base_model_name_or_path"] = base_name  # peft puts the path of this machine there.
+    atomic_write(folder / _CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    return len(blob)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    base: Model | None = None,
+    out: Path,
+    seed: int = 0,
+    progress: Listener | None = None,
+    resume: bool = True,
+    measure: bool = True,
+) -> TrainingReport:
+    """Train an adapter by a recipe; the same seed gives the same adapter on the same machine.
+
+    While it runs, its checkpoints lie in `.NAME.training` beside `out`. The adapter's folder
+    appears at the end, whole. Interrupted, the same call goes on from the last checkpoint and
+    ends with the adapter that an uninterrupted one would have made.
+
+    Args:
+        recipe: What to train; see `read_recipe`.
+        base: The model without an adapter; None loads what the recipe names.
+        out: Folder of the adapter; it must not exist, or be empty.
+        seed: Of initial weights, order of prompts, and choice of replies.
+        progress: Hears stages and steps.
+        resume: Go on with an unfinished training of the same recipe, seed and data.
+        measure: Measure the finished adapter on the recipe's checks, for the card.
+
+    Raises:
+        ConfigError: `out` is taken, `base` has an adapter, the recipe names modules that the base
+            lacks, or another training is unfinished there.
+        NonFiniteError: The loss became NaN or infinite.
+        StoreError: The disk is full, or a checkpoint is damaged.
+    """
+    listener = progress if progress is not None else _Quiet()
+    began = time.perf_counter()
+    out = out.expanduser().resolve()
+    base = _ready(recipe, base, out)
+    sets = _texts(recipe)
+    data = {spec: found.fingerprint for spec, found in sets.items()}
+    identity = {
+        "recipe": _digest(recipe.model_dump(mode="json")),
+        "seed": seed,
+        "data": _digest(data),
+        "base": base.fingerprint,
+    }
+    work = _workplace(out, identity, resume=resume)
+    rows, shared = _rows(base, recipe, sets, work, listener)
+    student = _Student(base, recipe, seed=seed, shared=shared)
+    followers = [row for row in rows if recipe.sources[row.source].target == "base"]
+    with listener.stage("base model distributions", len(followers)) as advance:
+        student.teach(followers, recipe, base.pad_id, advance)
+    prepared = time.perf_counter()
+    lines = _optimise(
+        student, rows, recipe, seed=seed, pad_id=base.pad_id, work=work, listener=listener
+    )
+    trained = time.perf_counter()
+
+    tenth = max(1, len(lines) // 10)
+    losses = [line["loss"] for line in lines]
+    first, last = _mean(losses[:tenth]), _mean(losses[-tenth:])
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise StoreError(
+            f"{out.parent} cannot be written: {error.strerror}", "free some space"
+        ) from error
+    try:
+        size = _write_adapter(student, recipe.base, draft)
+        found = verify(draft, recipe=recipe, base=base, progress=listener) if measure else None
+        seconds = {
+            "prepare": round(prepared - began, 1),
+            "train": round(trained - prepared, 1),
+            "verify": round(time.perf_counter() - trained, 1),
+        }
+        card = {
+            "name": recipe.name,
+            "description": recipe.description,
+            "base": {"name": base.name, "fingerprint": base.fingerprint},
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": seed,
+            "data": data,
+            "prompts": len(rows),
+            "steps": len(lines),
+            "loss": {"first_tenth": first, "last_tenth": last},
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                p: metadata.version(p) for p in ("demur", "torch", "transformers", "peft")
+            },
+            "weights": {
+                "bytes": size,
+                "blake2b": blake2b((draft / _WEIGHTS).read_bytes(), digest_size=16).hexdigest(),
+            },
+            "license": "Apache-2.0",
+            "figures": [asdict(figure) for figure in found.figures] if found else [],
+        }
+        atomic_write(draft / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+        shutil.copyfile(work / _LOG, draft / _LOG)
+        draft.chmod(0o755)
+        os.replace(draft, out)  # noqa: PTH105 - onto an empty folder, which Path.rename forbids on Windows.
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return TrainingReport(out, len(lines), first, last, seconds, size, found)
+
+
+# Checking -------------------------------------------------------------------------------------
+
+
+def _text_losses(model: Model, texts: Sequence[str], progress: Progress) -> list[tuple[float, int]]:
+    """Summed loss and number of predicted tokens of each text."""
+    assert model.template is not None
+    found = []
+    for text in texts:
+        ids = torch.tensor([model.template.tokenizer(text)["input_ids"]])
+        losses = model.token_losses(ids)
+        found.append((float(losses.double().sum()), losses.numel()))
+        progress(1)
+    return found
+
+
+def _judged(
+    model: Model, check: Check, texts: list[str], checks: Checks, progress: Progress
+) -> tuple[list[Exhibit], dict[str, int]]:
+    replies = model.generate(
+        texts, max_new_tokens=checks.max_new_tokens, batch_size=50, progress=progress
+    )
+    pairs = [Exchange(text, reply.text) for text, reply in zip(texts, replies, strict=True)]
+    verdicts = judges.make(checks.judge)(pairs)
+    found = [
+        Exhibit(check.name, pair.prompt, pair.response, str(verdict.outcome))
+        for pair, verdict in zip(pairs, verdicts, strict=True)
+    ]
+    outcomes = [one.outcome for one in found]
+    return found, {label: outcomes.count(label) for label in sorted(set(outcomes))}
+
+
+def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
+    return (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+
+
+def verify(
+    adapter: Path | str,
+    *,
+    recipe: Recipe,
+    base: Model | None = None,
+    limit: int | None = None,
+    compare: bool = False,
+    progress: Listener | None = None,
+) -> Verification:
+    """Measure an adapter on the prompts that its recipe keeps for checking.
+
+    Args:
+        adapter: Folder or hub id.
+        recipe: Names the checks and their bounds.
+        base: The model without an adapter; None loads what the recipe names.
+        limit: At most so many prompts per check, drawn with seed 0.
+        compare: Also measure how often the base model refuses.
+        progress: Hears stages and steps.
+
+    Raises:
+        ModelLoadError: The adapter is missing or does not fit the base.
+    """
+    listener = progress if progress is not None else _Quiet()
+    checks = recipe.checks
+    base = base if base is not None else load(recipe.base, adapter=None)
+    model = with_adapter(base, str(adapter))
+    figures: list[Figure] = []
+    replies: list[Exhibit] = []
+    for check in checks.refusal:
+        chosen = prompt_sets.load(check.prompts)
+        texts = (chosen if limit is None else chosen.take(min(limit, len(chosen)), 0)).texts
+        with listener.stage(f"checking: {check.name}", len(texts) * (1 + compare)) as advance:
+            found, outcomes = _judged(model, check, texts, checks, advance)
+            before = None
+            if compare:
+                plain = _judged(base, check, texts, checks, advance)[1]
+                before = proportion(plain.get(Outcome.REFUSED, 0), len(texts))
+        share = proportion(outcomes.get(Outcome.REFUSED, 0), len(texts))
+        met = _within(share.value, check.at_least, check.at_most)
+        bounds = (check.at_least, check.at_most)
+        figures.append(Figure(f"refused: {check.name}", share, before, *bounds, met, outcomes))
+        replies += found
+    if checks.text is not None:
+        texts = prompt_sets.load(checks.text).texts
+        with listener.stage("checking: perplexity", 2 * len(texts)) as advance:
+            plain_losses = np.array(_text_losses(base, texts, advance))
+            losses = np.array(_text_losses(model, texts, advance))
+
+        def ratio(index: Int[np.ndarray, " n"]) -> float:
+            change = losses[index, 0].sum() - plain_losses[index, 0].sum()
+            return float(np.exp(change / losses[index, 1].sum()))
+
+        estimate = bootstrap(ratio, len(texts), seed=0)
+        met = _within(estimate.value, None, checks.most_perplexity)
+        figures.append(
+            Figure("perplexity ratio", estimate, None, None, checks.most_perplexity, met)
+        )
+    return Verification(tuple(figures), tuple(replies))

@@ -1,0 +1,465 @@
+import pytest
+import torch
+from tiny import TEMPLATES, TINY_CONFIGS, VOCAB, tiny_hf, tiny_model
+
+from demur.errors import FamilyError, NonFiniteError, TemplateError
+from demur.models import Model, TokenBatch, family_of
+from demur.sites import Site, Span
+
+every_family = pytest.mark.parametrize("name", TINY_CONFIGS)
+PROMPTS = ["a tree", "How do I plant a tree in a small garden?", "Where is the station"]
+KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+def record(model, site, into):
+    return model.intercept(site, lambda x: into.append(x) or x)
+
+
+# Passes ----------------------------------------------------------------------------------------
+
+
+@every_family
+def test_logits_do_not_depend_on_padding_batch_or_prefix(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    assert batch.shared > 5  # Longer than the sliding windows of the tiny models.
+    logits = model.logits(batch)
+    close = {"rtol": 1e-6, "atol": 1e-6}  # Norms and softmax run in float32 at most.
+    for i, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(logits[i : i + 1], model.logits(model.encode([prompt])), **close)
+    torch.testing.assert_close(logits, model.logits(batch.left_padded()), **close)
+    with model.whole_rows():
+        torch.testing.assert_close(logits, model.logits(batch), **close)
+    for i, row in enumerate(batch.ids):
+        with torch.no_grad():
+            theirs = model.hf(input_ids=row[batch.mask[i]].unsqueeze(0)).logits[0, -1]
+        torch.testing.assert_close(logits[i], theirs, **close)
+
+
+@every_family
+def test_padding_ids_do_not_matter(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    logits = model.logits(batch)
+    other = TokenBatch(batch.ids.masked_fill(~batch.mask, 7), batch.mask, batch.spans, batch.shared)
+    torch.testing.assert_close(model.logits(other), logits, rtol=1e-6, atol=1e-6)
+
+
+@every_family
+def test_edits_reach_a_shared_prefix_as_they_reach_whole_rows(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    for site in (Site(0, "resid_pre"), Site(1, "attn_out"), Site(1, "mlp_out")):
+        undo = model.intercept(site, lambda x: 1.5 * x + 0.1 * x.roll(1, -1))
+        apart = model.logits(batch)
+        with model.whole_rows():
+            torch.testing.assert_close(apart, model.logits(batch), rtol=1e-6, atol=1e-6)
+        undo()
+        assert (apart - model.logits(batch)).abs().max() > 1e-3
+
+
+def test_logits_are_at_least_float32():
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_model("llama", dtype)
+        assert model.logits(model.encode(PROMPTS)).dtype == torch.float32
+    assert tiny_model().logits(torch.tensor([[1, 2]])).dtype == torch.float64
+
+
+def test_the_soft_cap_is_in_the_logits():
+    model = tiny_model("gemma2")
+    assert model.hf.config.final_logit_softcapping == 30.0
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight *= 1e3
+    assert model.logits(torch.tensor([[1, 2]])).abs().max() <= 30.0
+
+
+def test_rows_that_are_not_finite_are_named():
+    model = tiny_model("llama-untied")
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[5] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"rows \[1\] of 2"):
+        model.logits(torch.tensor([[1, 2], [1, 5]]))
+
+
+def test_token_losses_are_those_of_the_whole_logits():
+    model = tiny_model("qwen2")
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 4:] = False
+    with torch.no_grad():
+        logits = model.hf(input_ids=ids).logits
+    expected = -logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(model.token_losses(ids), expected, rtol=1e-6, atol=1e-6)
+    masked = model.token_losses(ids, mask)
+    assert masked[1, 3:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(masked[0], expected[0], rtol=1e-6, atol=1e-6)
+
+
+# Edits -----------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_site_is_a_tensor_of_the_stream_and_can_be_undone(name, kind):
+    model, seen = tiny_model(name), []
+    ids = torch.arange(8).view(2, 4)
+    before = model.logits(ids)
+    for layer in range(model.n_layers):
+        site = Site(layer, kind)
+        undo_record = record(model, site, seen)
+        undo = model.intercept(site, lambda x: x + torch.linspace(-1, 1, x.shape[-1]).to(x))
+        assert (model.logits(ids) - before).abs().max() > 1e-6, site
+        assert seen.pop().shape == (2, 4, model.d_model)
+        undo()
+        undo_record()
+        assert torch.equal(model.logits(ids), before)
+    assert not any(module._forward_hooks for module in model.hf.modules())
+    assert not any(module._forward_pre_hooks for module in model.hf.modules())
+
+
+@every_family
+def test_what_leaves_a_block_enters_the_next(name):
+    model, out, into = tiny_model(name), [], []
+    for layer in range(model.n_layers - 1):
+        record(model, Site(layer, "resid_post"), out)
+        record(model, Site(layer + 1, "resid_pre"), into)
+    model.logits(torch.arange(8).view(2, 4))
+    assert len(out) == model.n_layers - 1
+    assert all(torch.equal(a, b) for a, b in zip(out, into, strict=True))
+
+
+def test_the_model_is_restored_when_the_pass_fails():
+    model = tiny_model()
+    before = model.logits(torch.tensor([[1, 2, 3]]))
+
+    def fail(x):
+        raise ZeroDivisionError
+
+    undo = model.intercept(Site(1, "mlp_out"), fail)
+    with pytest.raises(ZeroDivisionError):
+        model.logits(torch.tensor([[1, 2, 3]]))
+    assert model.chunk is None
+    with pytest.raises(ZeroDivisionError):
+        model.generate(["a tree"], max_new_tokens=2)
+    assert model.chunk is None
+    undo()
+    assert torch.equal(model.logits(torch.tensor([[1, 2, 3]])), before)
+
+
+def test_edits_of_one_site_run_in_the_order_they_were_set():
+    model, seen = tiny_model(), []
+    site, ids = Site(1, "attn_out"), torch.tensor([[1, 2]])
+
+    def note(name):
+        return lambda x: seen.append(name) or x
+
+    first, same = note("a"), note("b")
+    undo_a = model.intercept(site, first)
+    undo_b = model.intercept(site, same)
+    undo_c = model.intercept(site, first)
+    model.logits(ids)
+    assert seen == ["a", "b", "a"]
+    undo_c()  # The later of two equal edits, so the first one keeps its place.
+    seen.clear()
+    model.logits(ids)
+    assert seen == ["a", "b"]
+    undo_a()
+    undo_b()
+
+
+def test_an_undo_that_is_called_again_leaves_later_edits_alone():
+    model, seen = tiny_model(), []
+    site = Site(0, "resid_pre")
+    undo = model.intercept(site, lambda x: x)
+    undo()
+    record(model, site, seen)
+    undo()
+    model.logits(torch.tensor([[1, 2]]))
+    assert len(seen) == 1
+
+
+def test_an_edit_may_undo_itself_while_it_runs():
+    model, undos = tiny_model(), []
+    site, seen = Site(1, "resid_pre"), []
+
+    def once(x):
+        undos[0]()
+        return x
+
+    undos.append(model.intercept(site, once))
+    record(model, site, seen)
+    model.logits(torch.tensor([[1, 2]]))
+    model.logits(torch.tensor([[1, 2]]))
+    assert len(seen) == 2
+
+
+@every_family
+def test_a_tensor_that_was_read_is_not_written_to_later(name):
+    model, held, copies = tiny_model(name), [], []
+    for site in (*model.write_sites, *model.stream_sites):
+        model.intercept(site, lambda x: (held.append(x), copies.append(x.clone()), 0.5 * x)[2])
+    model.logits(torch.arange(8).view(2, 4))
+    assert len(held) == len(model.write_sites) + len(model.stream_sites)
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_a_site_that_the_model_does_not_have_is_an_error():
+    model = tiny_model()
+    for layer in (3, -1):
+        with pytest.raises(FamilyError, match="blocks 0 to 2"):
+            model.intercept(Site(layer, "resid_pre"), lambda x: x)
+
+
+def test_sites_are_listed_once_and_in_order():
+    model = tiny_model()
+    assert [str(site) for site in model.write_sites] == [
+        "0.resid_pre",
+        *(f"{i}.{kind}" for i in range(3) for kind in ("attn_out", "mlp_out")),
+    ]
+    assert [str(site) for site in model.stream_sites] == [
+        "0.resid_pre",
+        "1.resid_pre",
+        "2.resid_pre",
+        "2.resid_post",
+    ]
+
+
+# What a pass works on ----------------------------------------------------------------------------
+
+
+def chunks_of(model, run):
+    seen = []
+    undo = model.intercept(Site(1, "resid_pre"), lambda x: seen.append((model.chunk, x.shape)) or x)
+    run()
+    undo()
+    assert model.chunk is None
+    return seen
+
+
+def test_a_pass_over_whole_rows_knows_its_spans():
+    model = tiny_model()
+    batch = model.encode(PROMPTS)
+    with model.whole_rows():
+        [(chunk, shape)] = chunks_of(model, lambda: model.logits(batch))
+    assert not chunk.is_prefix
+    assert chunk.rows.tolist() == [0, 1, 2]
+    assert torch.equal(chunk.ends, batch.ends)
+    for span, mask in batch.spans.items():
+        assert torch.equal(chunk.spans[span], mask)
+        assert mask.shape == shape[:2]
+
+
+def test_a_shared_prefix_is_a_pass_of_its_own():
+    model = tiny_model()
+    batch = model.encode(PROMPTS)
+    (prefix, first), (rest, second) = chunks_of(model, lambda: model.logits(batch))
+    assert first[:2] == (1, batch.shared)
+    assert second[:2] == (3, batch.ids.shape[1] - batch.shared)
+    assert prefix.is_prefix
+    assert prefix.rows is None
+    assert prefix.ends.tolist() == [0]
+    assert not any(mask.any() for mask in prefix.spans.values())
+    assert torch.equal(rest.ends, batch.ends - batch.shared)
+    assert torch.equal(rest.spans[Span.INSTRUCTION], batch.spans[Span.INSTRUCTION][:, -second[1] :])
+
+
+def test_generation_has_a_prompt_and_then_replies():
+    model = tiny_model()
+    (prompt, shape), *steps = chunks_of(model, lambda: model.generate(PROMPTS, max_new_tokens=4))
+    assert Span.RESPONSE not in prompt.spans
+    assert prompt.spans[Span.POST_INSTRUCTION][:, -model.template.n_post :].all()
+    assert prompt.ends.tolist() == [shape[1]] * 3
+    assert prompt.rows.tolist() == [0, 2, 1]  # Sorted by length.
+    assert len(steps) == 3
+    for step, width in steps:
+        assert width[:2] == (3, 1)
+        assert step.spans[Span.RESPONSE].all()
+        assert not step.spans[Span.INSTRUCTION].any()
+        assert step.rows.tolist() == [0, 2, 1]
+
+
+def test_rows_of_later_batches_keep_their_numbers():
+    model = tiny_model()
+    seen = chunks_of(model, lambda: model.generate(PROMPTS, max_new_tokens=1, batch_size=2))
+    assert [chunk.rows.tolist() for chunk, _ in seen] == [[0, 2], [1]]
+    batch = model.encode(PROMPTS).rows([2, 1])
+    seen = chunks_of(model, lambda: model.logits(batch))
+    assert seen[-1][0].rows.tolist() == [2, 1]
+
+
+def test_runs_count_passes():
+    model = tiny_model()
+    batch = model.encode(PROMPTS)
+    model.logits(batch)
+    assert model.runs == 2  # The prefix and the rest.
+    with model.whole_rows():
+        model.logits(batch)
+    assert model.runs == 3
+    model.generate(PROMPTS, max_new_tokens=4)
+    assert model.runs == 7
+
+
+# Generation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "qwen3-moe"])
+def test_replies_are_those_of_a_plain_loop_over_argmax(name):
+    model = tiny_model(name)
+    replies = model.generate(PROMPTS, max_new_tokens=6, batch_size=2)
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        ids = model.encode([prompt]).ids
+        expected = []
+        for _ in range(6):
+            token = int(model.logits(ids).argmax())
+            if token in model.stop_ids:
+                break
+            expected.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        assert list(reply.ids) == expected
+        assert reply.finished == (len(expected) < 6)
+
+
+def test_an_edit_is_in_force_at_every_step_of_generation():
+    model = tiny_model()
+    before = model.generate(PROMPTS, max_new_tokens=5)
+    forced = torch.zeros(model.d_model, dtype=torch.float64)
+    undo = model.intercept(Site(2, "resid_post"), lambda x: torch.zeros_like(x) + forced)
+    # The stream is zero, so every token has the same logit and the first id wins.
+    assert all(reply.ids == (0,) * 5 for reply in model.generate(PROMPTS, max_new_tokens=5))
+    undo()
+    assert model.generate(PROMPTS, max_new_tokens=5) == before
+
+
+def _speaks(model, tokens):
+    """Have the model say `tokens`, then again from the start, whatever it is asked."""
+    steps = iter([])
+    table = torch.zeros(VOCAB, model.d_model, dtype=torch.float64)
+    for i, token in enumerate(tokens):
+        table[token, i] = 10.0
+    with torch.no_grad():
+        model.hf.lm_head.weight.copy_(table)
+        model.hf.model.norm.weight.fill_(1.0)
+
+    def say(x):
+        nonlocal steps
+        if x.shape[1] > 1:
+            steps = iter(range(len(tokens)))
+        out = torch.zeros_like(x)
+        out[..., next(steps)] = 1.0
+        return out
+
+    model.intercept(Site(2, "resid_post"), say)
+
+
+def test_a_reply_ends_at_the_end_of_turn_and_has_no_markers():
+    model = tiny_model("llama-untied")
+    tokenizer = model.template.tokenizer
+    words = tokenizer("a small tree", add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in model.stop_ids
+    _speaks(model, [*words, end, *words, *words])
+    for reply in model.generate(PROMPTS, max_new_tokens=20):
+        assert (reply.text, reply.ids, reply.finished) == ("a small tree", tuple(words), True)
+    [cut] = model.generate(PROMPTS[:1], max_new_tokens=2)
+    assert (len(cut.ids), cut.finished) == (2, False)
+
+
+def test_closed_thinking_is_not_part_of_a_reply():
+    model = tiny_model("llama-untied", template="qwen3")
+    tokenizer = model.template.tokenizer
+    ids = tokenizer("<think>\na\n</think>\n\na tree", add_special_tokens=False)["input_ids"]
+    _speaks(model, [*ids, *model.stop_ids])
+    [reply] = model.generate(["a tree"], max_new_tokens=30)
+    assert reply.text == "a tree"
+    assert reply.ids == tuple(ids)
+
+
+def test_progress_counts_prompts():
+    done = []
+    tiny_model().generate(PROMPTS, max_new_tokens=1, batch_size=2, progress=done.append)
+    assert done == [2, 1]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_generates_and_stops(template):
+    model = tiny_model("llama", template=template)
+    assert len(model.generate(PROMPTS, max_new_tokens=2)) == 3
+    assert all(0 <= token < VOCAB for token in model.stop_ids)
+
+
+# The model itself --------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_tokenizer_says_so():
+    hf = tiny_hf("llama")
+    model = Model(hf, family_of("llama"))
+    assert model.logits(torch.tensor([[1, 2]])).shape == (1, VOCAB)
+    for call in (lambda: model.encode(["a"]), lambda: model.generate(["a"], max_new_tokens=1)):
+        with pytest.raises(TemplateError, match="without a tokenizer"):
+            call()
+
+
+def test_a_twin_keeps_ties_and_shares_nothing():
+    model = tiny_model("llama", torch.float32)
+    twin = model.twin(torch.bfloat16)
+    assert model.tied
+    assert twin.tied
+    assert (model.dtype, twin.dtype) == (torch.float32, torch.bfloat16)
+    assert not tiny_model("llama-untied", torch.float32).twin(torch.bfloat16).tied
+    assert model.twin(torch.float32) is model
+    batch = model.encode(PROMPTS)
+    before = model.logits(batch)
+    apart = (twin.logits(batch) - before).norm() / before.norm()
+    assert 0 < apart < 5e-2
+    with torch.no_grad():
+        twin.hf.get_input_embeddings().weight.zero_()
+    assert torch.equal(model.logits(batch), before)
+
+
+def test_a_twin_keeps_rotary_frequencies_in_full():
+    model = tiny_model("llama", torch.float32)
+    twin = model.twin(torch.bfloat16)
+    ours, theirs = model.hf.model.rotary_emb.inv_freq, twin.hf.model.rotary_emb.inv_freq
+    assert theirs.dtype == torch.float32
+    assert torch.equal(ours, theirs)
+
+
+def test_a_twin_is_not_made_of_a_model_that_is_being_edited():
+    model = tiny_model("llama", torch.float32)
+    undo = model.intercept(Site(0, "mlp_out"), lambda x: x)
+    with pytest.raises(FamilyError, match=r"edited at 0\.mlp_out"):
+        model.twin(torch.bfloat16)
+    undo()
+    model.twin(torch.bfloat16)
+
+
+@every_family
+def test_the_fingerprint_is_that_of_weights_and_template(name):
+    model = tiny_model(name)
+    print_ = model.fingerprint
+    assert tiny_model(name).fingerprint == print_
+    assert tiny_model(name, seed=1).fingerprint != print_
+    assert tiny_model(name, torch.float32).fingerprint != print_
+    assert tiny_model(name, system="Be brief.").fingerprint != print_
+    with torch.no_grad():
+        weight = next(p for p in model.blocks[1].parameters() if p.ndim == 2)
+        weight[:, 3] += 0.1
+    assert model.fingerprint != print_
+
+
+def test_an_edit_of_one_column_of_a_large_matrix_moves_the_fingerprint():
+    model = tiny_model("llama")
+    model.blocks[0].mlp.extra = torch.nn.Linear(512, 512, bias=False)
+    before = model.fingerprint
+    for column in range(0, 512, 37):
+        with torch.no_grad():
+            model.blocks[0].mlp.extra.weight[:, column] += 1.0
+        assert model.fingerprint != before
+        before = model.fingerprint
+
+
+def test_padding_is_a_token_that_the_embedding_has():
+    model = tiny_model("llama")
+    model.template.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    model.hf.resize_token_embeddings(model.template.tokenizer.pad_token_id)
+    assert model.pad_id == model.template.tokenizer.eos_token_id

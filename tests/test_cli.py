@@ -1,0 +1,557 @@
+"""The command line: exit codes, two-line errors, and what goes to which stream."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_hf, tiny_tokenizer
+from typer.testing import CliRunner
+
+from demur import cli
+from demur.errors import DemurError
+
+SETTINGS = (
+    "selection.finalists=2",
+    "test.nulls=2",
+    "test.null_prompts=8",
+    "test.max_new_tokens=6",
+    "test.strengths=[0.0, 1.0]",
+)
+QUICK = ["--layer", "1", *(arg for setting in SETTINGS for arg in ("--set", setting))]
+
+
+def run(*args, code=0, stdin=None):
+    """Run a command in this process: torch is imported once for all tests."""
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], input=stdin)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def refused(*args, code=2):
+    """Run a command that must fail in two lines on standard error; returns both."""
+    result = run(*args, code=code)
+    assert not result.stdout
+    # Stages that were done before may have been named.
+    text = result.stderr[result.stderr.index("error: ") :]
+    fact, mark, hint = text.removeprefix("error: ").rpartition("\nhint: ")
+    assert mark, text
+    assert hint.strip(), text
+    assert "\n" not in hint.strip()
+    return fact, hint.strip()
+
+
+def program(*args, **options):
+    """Run `demur` as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "demur.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_hf("llama", dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def _sentences(verb, n, seed):
+    rng = random.Random(seed)
+
+    def word():
+        return "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(3))
+
+    return [f"How do I {verb} " + " ".join(word() for _ in range(6)) + "?" for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """60 prompts a class, as text files."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, (name, verb) in enumerate((("harmful", "break"), ("harmless", "paint"))):
+        text = "\n".join(_sentences(verb, 60, seed)) + "\n"
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def audit(model, data, tmp_path):
+    """The arguments of an audit of the tiny model into a folder of this test's own."""
+    return [
+        "audit",
+        model,
+        "--harmful",
+        data / "harmful.txt",
+        "--harmless",
+        data / "harmless.txt",
+        "--out",
+        tmp_path / "runs",
+        *QUICK,
+    ]
+
+
+# Help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["", "audit", "report", "models check", "prompts check", "generate", "doctor"]
+)
+def test_help_answers_within_a_second_and_without_torch(command):
+    code = (
+        "import sys\nfrom demur.cli import main\n"
+        f"sys.argv = ['demur', *{command.split()!r}, '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    took = []
+    for _ in range(2):  # The first run may have to compile, or to share the machine.
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        )
+        took.append(time.perf_counter() - started)
+    assert "Usage: demur" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+    assert min(took) < 1.0
+
+
+def test_every_command_has_help_of_its_own():
+    for command in ("audit", "report", "generate", "doctor", "models", "prompts", "organism"):
+        assert "Usage" in run(command, "--help").stdout
+    assert "audit" in run(code=2).stderr
+
+
+def test_version_is_the_packages():
+    assert run("--version").stdout == f"demur {__import__('demur').__version__}\n"
+
+
+# What the command line itself refuses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "fact", "hint"),
+    [
+        (["adit"], "no such command", "demur --help"),
+        (["audit", "--forse"], "--force", "demur audit --help"),
+        (["audit", "--layer", "two"], "--layer", "demur audit --help"),
+        (["audit", "--set", "seed"], "`seed` is no setting", "demur audit --help"),
+        (["audit", "--adapter", "x", "--no-adapter"], "exclude each other", "--help"),
+        (["audit", "--set", "extraction.estimater=x"], "extraction.estimater", "--explain"),
+        (["audit", "--set", "seed=-1"], "seed", "--explain"),
+        (["audit", "--config", "missing.toml"], "missing.toml", "check the path"),
+        (["generate", "smollm2", "Hi", "--strength", "2"], "--strength", "--help"),
+        (["generate", "smollm2"], "no prompt", "--help"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_two_lines(args, fact, hint):
+    said = refused(*args)
+    assert fact in said[0]
+    assert hint in said[1]
+
+
+def test_explain_prints_settings_that_can_be_read_back(tmp_path):
+    args = ["--set", "extraction.layers=[1, 2]", "--set", "model.adapter=none", "--seed", "3"]
+    text = run("audit", "some/model", *args, "--explain").stdout
+    assert 'name = "some/model"' in text
+    assert "model.adapter" in text.splitlines()[0]
+    file = tmp_path / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    again = run("audit", "--config", file, "--no-adapter", "--explain").stdout
+    assert again == text
+
+
+# Bad inputs of an audit ------------------------------------------------------------------------
+
+
+def _bad_json(path):
+    lines = [json.dumps({"prompt": text}) for text in _sentences("mend", 100, 7)]
+    for number in (3, 50, 99):
+        lines[number - 1] = lines[number - 1][:-4]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return ["line 3:", "line 50:", "line 99:", "3 lines cannot be used"]
+
+
+def _empty(path):
+    path.write_text("", encoding="utf-8")
+    return ["holds no prompts"]
+
+
+def _no_column(path):
+    path.write_text("id,words\n1,Where is the station?\n", encoding="utf-8")
+    return ["does not have a column", "id, words"]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("bad.jsonl", _bad_json), ("empty.txt", _empty), ("table.csv", _no_column)],
+)
+def test_a_bad_prompt_file_stops_an_audit(audit, tmp_path, name, make):
+    path = tmp_path / name
+    wanted = make(path)
+    fact, _ = refused(*audit, "--harmful", path)
+    assert all(text in fact for text in wanted), fact
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_prompt_file_names_the_nearest(audit, tmp_path, data):
+    fact, hint = refused(*audit, "--harmful", data / "harmfull.txt")
+    assert "there is no file" in fact
+    assert "harmful.txt" in hint
+    assert not (tmp_path / "runs").exists()
+
+
+def test_identical_harmful_and_harmless_prompts_are_refused(audit, tmp_path, data):
+    fact, _ = refused(*audit, "--harmless", data / "harmful.txt")
+    assert "the same" in fact
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "fact", "hint"),
+    [
+        (["--layer", "999"], "no layer 999", "choose"),
+        (["--position", "3"], "no position 3", "choose"),
+        (["--estimator", "difference-of-mean"], "difference-of-mean", "`difference-of-means`"),
+        (["--set", "test.judge=pattern"], "pattern", "`patterns`"),
+        (["--dtype", "float33"], "float33", "float32"),
+        (["--device", "cuda:99"], "cuda:99", "cpu"),
+        (["--adapter", "/no/such/adapter"], "/no/such/adapter", "PEFT"),
+    ],
+)
+def test_a_setting_that_does_not_fit_stops_an_audit(audit, tmp_path, args, fact, hint):
+    said = refused(*audit, *args)
+    assert fact in said[0]
+    assert hint in said[1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_without_weights_is_refused(audit, model, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model / "config.json").read_bytes())
+    fact, _ = refused("audit", bare, *audit[2:])
+    assert "no *.safetensors weights" in fact
+    assert not (tmp_path / "runs").exists()
+
+
+# A whole audit ---------------------------------------------------------------------------------
+
+FILES = {
+    "config.toml",
+    "directions.json",
+    "directions.safetensors",
+    "environment.json",
+    "replies.jsonl",
+    "report.html",
+    "results.json",
+}
+
+
+def test_a_random_model_has_no_usable_direction_and_says_so(audit, tmp_path):
+    first = run(*audit, "--json", code=1)
+    summary = json.loads(first.stdout)
+    folder = Path(summary["run"])
+    assert folder.parent == tmp_path / "runs" / "tiny"
+    assert {path.name for path in folder.iterdir()} >= FILES
+    assert not summary["verdict"]["usable"]
+    assert not summary["reused"]
+    assert {leg["measure"] for leg in summary["legs"]} == {"refused"}
+    assert "testing candidates: " in first.stderr  # One line for each stage.
+    assert "\r" not in first.stderr
+    assert "\x1b" not in first.stderr
+
+    # The same command finds what is there, and says so.
+    second = run(*audit, code=1)
+    assert "--force" in second.stderr
+    assert "testing candidates" not in second.stderr
+    assert summary["verdict"]["headline"] in second.stdout
+    assert "ablate the direction" in second.stdout
+    assert str(folder / "report.html") in second.stdout
+    assert "\x1b" not in second.stdout
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+
+    # And running again gives the same figures.
+    third = run(*audit, "--force", "--json", "--quiet", code=1)
+    again = Path(json.loads(third.stdout)["run"])
+    assert again != folder
+    assert not third.stderr
+    assert (again / "results.json").read_bytes() == (folder / "results.json").read_bytes()
+
+    # A report is drawn again from the records alone.
+    other = tmp_path / "again.html"
+    assert run("report", folder, "--out", other).stdout.strip() == str(other)
+    assert other.read_bytes() == (folder / "report.html").read_bytes()
+
+    # The direction is for this model; others have to be told.
+    file = folder / "directions.safetensors"
+    args = ["generate", audit[1], "--direction", file, "--max-new-tokens", 4]
+    rows = json.loads(run(*args, "--edit", "add", "--strength", 4, "--json", "Hello").stdout)
+    assert [*rows[0]] == ["prompt", "plain", "add"]
+    piped = run(*args, stdin="Hello there\n\nAnd you?\n").stdout
+    assert piped.count("prompt: ") == 2
+    assert "ablate: " in piped
+    fact, hint = refused(*args, "--system", "Be brief.", "Hello")
+    assert "was made on" in fact
+    assert "--any-model" in hint
+    run(*args, "--system", "Be brief.", "--any-model", "Hello")
+
+
+def test_a_finished_stage_is_kept_when_the_next_is_interrupted(audit, tmp_path, monkeypatch):
+    from demur import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "null_bands", _interrupt)
+        result = run(*audit, code=130)
+    assert "interrupted; the same command goes on from here" in result.stderr
+    again = run(*audit, code=1)
+    assert "testing candidates" not in again.stderr
+    assert "random directions: " in again.stderr
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+
+
+def _interrupt(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+# Errors of any kind ----------------------------------------------------------------------------
+
+
+def _raising(error):
+    def fail(*_args, **_options):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (DemurError("a fact", "a hint"), 2, "error: a fact\nhint: a hint\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2, "the disk is full: x/y"),
+        (RuntimeError("SafetensorError: No space left on device"), 2, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "x/y: Permission denied"),
+        (MemoryError(), 2, "not enough memory"),
+        (ValueError("boom\nmore"), 3, "demur failed: ValueError: boom\nhint: please report it"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_what_is_raised_becomes_a_line_and_an_exit_code(monkeypatch, error, code, words):
+    monkeypatch.setattr("demur.report.write", _raising(error))
+    result = run("report", "somewhere", code=code)
+    assert words in result.stderr
+    assert not result.stdout
+
+
+def test_a_traceback_is_there_when_asked_for(monkeypatch):
+    monkeypatch.setattr("demur.report.write", _raising(ValueError("boom")))
+    result = CliRunner().invoke(cli.app, ["--debug", "report", "somewhere"])
+    assert result.exit_code == 3
+    assert "Traceback" in result.stderr
+
+
+def test_a_reader_that_leaves_gets_no_complaint():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m demur.cli audit --explain | true"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_a_report_of_no_run_is_refused(tmp_path):
+    fact, _ = refused("report", tmp_path)
+    assert "results.json cannot be read" in fact
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_wait_quietly_unless_the_user_says_otherwise():
+    code = (
+        "import os; from typer.testing import CliRunner; from demur import cli\n"
+        "CliRunner().invoke(cli.app, ['report', '.'])\n"
+        "print(*(os.environ[name] for name in cli._ENVIRONMENT))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in cli._ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**clean, "OMP_WAIT_POLICY": "active"},
+    )
+    assert done.stdout.split() == ["active", "0", "false", "1"]
+
+
+# Models ----------------------------------------------------------------------------------------
+
+
+def test_models_list_names_the_families():
+    families = json.loads(run("models", "list", "--json").stdout)
+    assert {"llama", "gemma2", "gpt2"} <= {row["family"] for row in families}
+    assert "gpt-neox" in run("models", "list").stdout
+
+
+def test_models_check_shows_numbers_and_marked_tokens(model):
+    result = run("models", "check", model, "--prompt", "Where is it?")
+    assert "sum of writes" in result.stdout
+    assert "FAIL" not in result.stdout
+    assert "[[?]]" in result.stdout
+    assert "[<|im_end|>]" in result.stdout
+    assert "position -6" in result.stdout
+    found = json.loads(run("models", "check", model, "--json").stdout)
+    assert found["passed"]
+    assert all(row["passed"] for row in found["rows"])
+    assert [token["role"] for token in found["tokens"]].count("t_inst") == 1
+
+
+def test_models_check_exits_with_1_when_an_identity_fails(model, monkeypatch):
+    import demur.models
+    from demur.models import CheckReport, CheckRow
+
+    bad = CheckReport("tiny", "llama", (CheckRow("sum", "it adds up", float("nan"), 0.0),))
+    monkeypatch.setattr(demur.models, "check", lambda _model: bad)
+    assert "FAIL" in run("models", "check", model, code=1).stdout
+    found = json.loads(run("models", "check", model, "--json", code=1).stdout)
+    assert found["rows"][0]["value"] is None
+
+
+# Prompts ---------------------------------------------------------------------------------------
+
+
+def test_prompts_check_counts_and_lists_every_fault(tmp_path, data):
+    good = run("prompts", "check", data / "harmful.txt", "audit")
+    assert "60 prompts" in good.stdout
+    assert "harmful 2" in good.stdout  # 2xx of the packaged set.
+
+    bad = tmp_path / "bad.jsonl"
+    wanted = _bad_json(bad)
+    twice = tmp_path / "twice.txt"
+    twice.write_text("Where is it?\nwhere is it\n\x1b[31mRed?\n", encoding="utf-8")
+    result = run("prompts", "check", bad, twice, code=1)
+    assert all(text in result.stdout for text in wanted)
+    assert "1 duplicates" in result.stdout
+    rows = json.loads(run("prompts", "check", bad, twice, "--json", code=1).stdout)
+    assert rows[1]["duplicates"] == ["where is it"]
+
+    table = tmp_path / "table.csv"
+    table.write_text("id,words\n1,Where is the station?\n", encoding="utf-8")
+    run("prompts", "check", table, code=1)
+    run("prompts", "check", table, "--column", "words")
+    refused("prompts", "check", tmp_path / "missing.txt")
+
+
+def test_prompts_overlap_lists_pairs(tmp_path, data):
+    other = tmp_path / "other.txt"
+    first = (data / "harmful.txt").read_text(encoding="utf-8").splitlines()[0]
+    other.write_text(f"{first.upper()}\nSomething else entirely.\n", encoding="utf-8")
+    result = run("prompts", "overlap", data / "harmful.txt", other)
+    assert result.stdout.startswith("1.00  ")
+    assert "1 pairs" in result.stderr
+    found = json.loads(run("prompts", "overlap", data / "harmful.txt", other, "--json").stdout)
+    assert [pair["jaccard"] for pair in found["pairs"]] == [1.0]
+    refused("prompts", "overlap", other, other, "--threshold", "3")
+
+
+def test_prompts_list_counts_the_packaged_sets():
+    rows = json.loads(run("prompts", "list", "--json").stdout)
+    audit = next(row for row in rows if row["name"] == "audit")
+    assert audit["prompts"] == sum(audit["labels"].values())
+    assert set(audit["splits"]) == {"fit", "select", "calibrate", "report"}
+    assert "audit" in run("prompts", "list").stdout
+
+
+# The rest --------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_machine_fit(tmp_path):
+    rows = {
+        row["name"]: row
+        for row in json.loads(run("doctor", "--out", tmp_path / "runs", "--json").stdout)
+    }
+    assert rows["torch"]["status"] == "ok"
+    assert rows["prompts audit"]["status"] == "ok"
+    assert "GB free" in rows["runs"]["value"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_says_what_is_missing_and_exits_with_1(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("", encoding="utf-8")
+    result = run("doctor", "--out", blocked / "runs", code=1)
+    line = next(text for text in result.stdout.splitlines() if text.startswith("missing"))
+    assert "cannot be written" in line
+    assert "--out" in line
+
+
+def test_the_program_runs_as_a_process():
+    done = program("prompts", "overlap", "audit", "no-such-set")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: there is no file no-such-set\nhint: ")
+
+
+# Organisms -------------------------------------------------------------------------------------
+
+
+def test_organism_recipes_are_listed_and_shown(tmp_path):
+    assert "refusal" in json.loads(run("organism", "list", "--json").stdout)
+    file = tmp_path / "mine.toml"
+    text = run("organism", "show", "refusal").stdout
+    file.write_text(text, encoding="utf-8")
+    assert run("organism", "show", file).stdout == text
+    _, hint = refused("organism", "train", "refusl")
+    assert "`refusal`" in hint
+    fact, _ = refused("organism", "verify", tmp_path)
+    assert "no card.json" in fact
+
+
+def _verification(met):
+    from demur.organisms import Figure, Verification
+    from demur.stats import proportion
+
+    share = proportion(9 if met else 5, 10)
+    figure = Figure("refused: harmful", share, None, 0.9, None, met, {"refused": 9})
+    return Verification((figure,), ())
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 1)])
+def test_organism_train_and_verify_show_figures(tmp_path, model, monkeypatch, met, code):
+    from demur import organisms
+
+    seen = {}
+
+    def train(recipe, **options):
+        seen.update(options, recipe=recipe.name)
+        return organisms.TrainingReport(
+            options["out"], 3, 2.0, 1.0, {"train": 1.0}, 1_000_000, _verification(met)
+        )
+
+    monkeypatch.setattr(organisms, "train", train)
+    monkeypatch.setattr(organisms, "verify", lambda _adapter, **_options: _verification(met))
+    out = tmp_path / "adapter"
+    args = ["organism", "train", "refusal", "--out", out, "--base", model, "--no-resume"]
+    text = run(*args, code=code).stdout
+    assert "1.00 MB, 3 steps" in text
+    assert ("met" if met else "MISSED") in text
+    assert seen["out"] == out
+    assert seen["base"].n_layers == 3
+    assert not seen["resume"]
+    assert json.loads(run(*args, "--json", code=code).stdout)["met"] is met
+    text = run("organism", "verify", out, "--recipe", "refusal", code=code).stdout
+    assert ">= 0.9" in text

@@ -1,0 +1,149 @@
+import pytest
+import torch
+from tests.planted import PLANTED_LAYER, planted, prompts
+
+from demur.activations import moments
+from demur.errors import TooFewPromptsError
+from demur.estimators import DifferenceOfMeans, candidates
+from demur.evals.judges import Outcome
+from demur.models import Completion
+from demur.selection import (
+    Criteria,
+    RefusalTokens,
+    kl_divergence,
+    learn_refusal_tokens,
+    refusal_logodds,
+    select,
+)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def pool(toy):
+    positions = [p.index for p in toy.model.template.positions]
+    sides = [
+        moments(
+            toy.model,
+            prompts(100, harmful=h, seed=s),
+            sites=toy.model.stream_sites,
+            positions=positions,
+        )
+        for h, s in ((True, 1), (False, 2))
+    ]
+    return candidates(*sides, DifferenceOfMeans())
+
+
+def tokens_of(toy):
+    return RefusalTokens((toy.refusal_id,), ("Sorry",), (1.0,), (0.0,), 9, learned=True)
+
+
+def run(toy, pool, **options):
+    return select(
+        toy.model,
+        pool,
+        harmful=prompts(24, harmful=True, seed=3),
+        harmless=prompts(24, harmful=False, seed=4),
+        tokens=tokens_of(toy),
+        **options,
+    )
+
+
+def test_the_planted_layer_is_chosen(toy, pool):
+    found = run(toy, pool, criteria=Criteria(last_layers_skipped=0.0))
+    assert found.direction.site.layer == PLANTED_LAYER
+    assert found.direction.position in (-2, -1)
+    assert not found.least_bad
+    unit = found.direction.unit.double()
+    assert float(unit @ toy.direction) > 0.99
+    # Later layers hold refusal where the topic is, and ablation there must have fallen by KL.
+    later = [r for r in found.rows if r.direction.site.layer > PLANTED_LAYER]
+    assert later
+    assert all("KL" in r.rejected_by for r in later)
+
+
+def test_every_candidate_keeps_its_row_and_reason(toy, pool):
+    found = run(toy, pool)
+    assert len(found.rows) == len(pool)
+    late = [r for r in found.rows if r.direction.site.layer >= 4]
+    assert late
+    assert all(r.rejected_by == "in the last 20% of the layers" for r in late)
+
+
+def test_without_a_survivor_the_least_bad_is_offered(toy, pool):
+    found = run(toy, pool, criteria=Criteria(min_induce=1e6, last_layers_skipped=0.0))
+    assert found.least_bad
+    assert found.rows[found.chosen].rejected_by.startswith("induces too little")
+    assert found.direction.site.layer == PLANTED_LAYER
+
+
+def test_a_screen_chooses_as_the_exact_pass_does(toy, pool):
+    exact = run(toy, pool, criteria=Criteria(last_layers_skipped=0.0))
+    steps = []
+    screened = run(
+        toy,
+        pool,
+        criteria=Criteria(last_layers_skipped=0.0),
+        finalists=3,
+        screen=toy.model.twin(torch.float32),
+        progress=steps.append,
+    )
+    assert screened.direction.site == exact.direction.site
+    assert screened.rows[screened.chosen].exact
+    assert sum(r.exact for r in screened.rows) == 6
+    assert sum(steps) == len(pool) + 6
+    torch.testing.assert_close(
+        screened.rows[screened.chosen].bypass, exact.rows[screened.chosen].bypass
+    )
+
+
+def test_no_candidates_is_an_error(toy):
+    with pytest.raises(TooFewPromptsError):
+        run(toy, [])
+
+
+def test_log_odds_by_hand():
+    # p(refusal) = (e^1 + e^2) / (e^1 + e^2 + e^0 + e^3); log-odds = ln((e + e^2) / (1 + e^3)).
+    logits = torch.tensor([[1.0, 2.0, 0.0, 3.0]])
+    expected = torch.log(torch.tensor((2.718281828 + 7.389056099) / (1 + 20.08553692)))
+    torch.testing.assert_close(refusal_logodds(logits, [0, 1])[0].float(), expected)
+    # No floor: the reference's would be -18.42.
+    assert float(refusal_logodds(torch.tensor([[0.0, 90.0]]), [0])) == pytest.approx(-90)
+
+
+def test_kl_by_hand_and_against_torch():
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    # .5 ln(.5/.25) + .5 ln(.5/.75) = .5 ln 2 - .5 ln 1.5 = 0.14384
+    assert float(kl_divergence(p, q)) == pytest.approx(0.143841, abs=1e-6)
+    a, b = torch.randn(4, 50), torch.randn(4, 50)
+    torch.testing.assert_close(
+        kl_divergence(a, b),
+        torch.nn.functional.kl_div(
+            b.double().log_softmax(1), a.double().log_softmax(1), log_target=True, reduction="none"
+        ).sum(1),
+    )
+    assert float(kl_divergence(a, a).abs().max()) == 0.0
+
+
+def reply(token):
+    return Completion("", (token,), finished=True)
+
+
+def test_refusal_tokens_are_learned_from_the_models_own_refusals(toy):
+    replies = [reply(toy.refusal_id)] * 8 + [reply(6)] * 2 + [reply(5)] * 9 + [reply(6)] * 9
+    outcomes = [Outcome.REFUSED] * 10 + [Outcome.COMPLIED] * 18
+    found = learn_refusal_tokens(toy.model, replies, outcomes)
+    assert found.learned
+    assert found.ids == (toy.refusal_id,)  # Token 6 begins refusals, yet as many other replies.
+    assert found.texts == ("Sorry",)
+    assert found.shares == (0.8,)
+
+
+def test_a_model_that_never_refuses_gets_common_openers_and_says_so(toy):
+    found = learn_refusal_tokens(toy.model, [reply(5)] * 9, [Outcome.COMPLIED] * 9)
+    assert not found.learned
+    assert found.refusals == 0
+    assert toy.refusal_id in found.ids

@@ -2,8 +2,8 @@
 
 Words are harmful or harmless. Block 1's attention averages the harm of the words seen so far and
 writes it along `r`; block 2's MLP turns `r` into `r2` and takes `r` away again; the head reads
-`r2`. Along `r2` the words' topic is written as well, and the head reads it for the reply, so that
-ablating `r2` costs KL on harmless prompts and ablating `r` does not. The answer that a selection
+`r2`. Block 3 writes the words' topic along `r2` as well, and the head reads it for the reply, so
+that ablating `r2` costs KL on harmless prompts and ablating `r` does not. The answer that a selection
 must find is therefore `r`, at the input of block 2, at any post-instruction token.
 """
 
@@ -91,39 +91,42 @@ def planted(seed: int = 0, dtype: torch.dtype = torch.float64) -> Planted:
                 parameter.zero_()
         embedding = hf.model.embed_tokens.weight
         noise = torch.randn(vocab, len(rest), generator=rng, dtype=torch.float64)
-        embedding.copy_(0.15 * noise @ rest + 4.0 * on)
+        embedding.copy_(1.15 * noise @ rest / len(rest) ** 0.5 + 4.0 * on)
         for word in HARMFUL:
             embedding[tok.convert_tokens_to_ids(word)] += 6.0 * harm
         topics = torch.randn(len(FILLER), generator=rng, dtype=torch.float64).tolist()
         for word, size in zip(FILLER, topics, strict=True):
             embedding[tok.convert_tokens_to_ids(word)] += 2.0 * size * topic
-        # Equal scores for all keys: attention averages. Block 1 moves harm to r, topic to r2.
+        # Equal scores for all keys: attention averages. Block 1 moves harm to r, and what the
+        # words say besides to where it was, so that activations vary in many directions.
+        inside = rest.T @ rest
         block = hf.model.layers[PLANTED_LAYER - 1]
         block.self_attn.v_proj.weight.copy_(torch.eye(WIDTH, dtype=torch.float64))
-        block.self_attn.o_proj.weight.copy_(
-            4.0 * torch.outer(r, harm) + 1.5 * torch.outer(r2, topic)
-        )
+        block.self_attn.o_proj.weight.copy_(4.0 * torch.outer(r, harm) + 3.0 * inside)
         # Block 2 reads r through an open gate, writes r2 and takes r away.
         mlp = hf.model.layers[PLANTED_LAYER].mlp
         mlp.gate_proj.weight[0] = 3.0 * on
         mlp.up_proj.weight[0] = r
         scale = _open_gate(4.0)
         mlp.down_proj.weight[:, 0] = (r2 - r) / scale
+        # Block 3 writes the topic where block 2 writes refusal.
+        block = hf.model.layers[PLANTED_LAYER + 1]
+        block.self_attn.v_proj.weight.copy_(torch.eye(WIDTH, dtype=torch.float64))
+        block.self_attn.o_proj.weight.copy_(1.5 * torch.outer(r2, topic))
         # Small noise elsewhere, outside the planted axes, so that no layer is exactly idle.
         for i, layer in enumerate(hf.model.layers):
-            if i not in (PLANTED_LAYER - 1, PLANTED_LAYER):
+            if i not in (PLANTED_LAYER - 1, PLANTED_LAYER, PLANTED_LAYER + 1):
                 random = torch.randn(WIDTH, WIDTH, generator=rng, dtype=torch.float64)
-                inside = rest.T @ rest
                 layer.self_attn.v_proj.weight.copy_(torch.eye(WIDTH, dtype=torch.float64))
                 layer.self_attn.o_proj.weight.copy_(0.02 * inside @ random @ inside)
         head = hf.lm_head.weight
         head.copy_(0.02 * torch.randn(vocab, WIDTH, generator=rng, dtype=torch.float64))
         ids = [tok.convert_tokens_to_ids(w) for w in REPLIES]
         head[ids] = 0.0
-        head[ids[0]] = 6.0 * r2 + 0.2 * on
-        head[ids[1]] = 3.5 * on
-        head[ids[2]] = 3.0 * on - 5.0 * r2
-        head[ids[3]] = 3.0 * on
+        head[ids[0]] = 8.0 * r2 + 0.2 * on
+        head[ids[1]] = 2.8 * on
+        head[ids[2]] = 2.4 * on - 5.0 * r2
+        head[ids[3]] = 2.4 * on
     hf = hf.to(dtype)
     model = Model(hf, FAMILIES["llama"], Template(tok), name="planted")
     return Planted(model, r, ids[0])

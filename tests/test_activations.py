@@ -3,9 +3,9 @@ import torch
 from tests.planted import planted, prompts
 
 from demur.activations import collect, moments, projections, reading
+from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
 from demur.interventions import Ablate, applied
-from demur.directions import Direction
 from demur.sites import Site
 
 

@@ -65,8 +65,9 @@ def test_only_ablation_can_be_written_into_weights():
 
 
 def test_the_edited_checkpoint_loads_again(tmp_path):
-    from demur.edits import save_merged
     from transformers import AutoModelForCausalLM
+
+    from demur.edits import save_merged
 
     model = tiny_model("llama", dtype=torch.float32)
     act = Ablate(direction_for(model))

@@ -156,12 +156,14 @@ def test_oblique_erasure_refuses_a_reader_that_cannot_see_the_direction():
 
 def test_an_edit_that_never_runs_is_an_error():
     model = tiny_model("llama")
-    with (
-        pytest.raises(SilentEditError, match=r"1\.attn_out"),
-        applied(model, Ablate(a_direction(model))),
-    ):
-        model.blocks[1].self_attn.o_proj._forward_hooks.clear()
-        model.logits(ids_of(model))
+
+    def run_without_one_hook():
+        with applied(model, Ablate(a_direction(model))):
+            model.blocks[1].self_attn.o_proj._forward_hooks.clear()
+            model.logits(ids_of(model))
+
+    with pytest.raises(SilentEditError, match=r"1\.attn_out"):
+        run_without_one_hook()
     assert model.blocks[1].self_attn.o_proj._forward_hooks == {}
 
 

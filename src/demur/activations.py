@@ -153,6 +153,7 @@ def _index(known: Sequence[object], wanted: object) -> int:
 def _read(
     model: Model,
     prompts: Sequence[str],
+    *,
     sites: Sequence[Site],
     positions: Sequence[int],
     batch_size: int,
@@ -228,7 +229,15 @@ def collect(
         for column, i in enumerate(index):
             out[i] = values[:, :, column]
 
-    _read(model, prompts, sites, positions, batch_size, progress, take)
+    _read(
+        model,
+        prompts,
+        sites=sites,
+        positions=positions,
+        batch_size=batch_size,
+        progress=progress,
+        take=take,
+    )
     rows = torch.stack([row for row in out if row is not None], 2)
     return Activations(rows, tuple(sites), tuple(positions), model.fingerprint)
 
@@ -252,11 +261,11 @@ def moments(
     _read(
         model,
         prompts,
-        sites,
-        positions,
-        batch_size,
-        progress,
-        lambda _index, values: running.update(values),
+        sites=sites,
+        positions=positions,
+        batch_size=batch_size,
+        progress=progress,
+        take=lambda _index, values: running.update(values),
     )
     return running
 
@@ -310,5 +319,13 @@ def projections(
     def take(index: list[int], values: Tensor) -> None:
         out[:, :, index] = torch.einsum("spnd,spd->spn", values.double(), units.double())
 
-    _read(model, prompts, sites, positions, batch_size, progress, take)
+    _read(
+        model,
+        prompts,
+        sites=sites,
+        positions=positions,
+        batch_size=batch_size,
+        progress=progress,
+        take=take,
+    )
     return out

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from demur.errors import ConfigError
 
@@ -24,6 +25,8 @@ class ModelSettings(_Section):
     """Which model; see `demur.load`.
 
     Attributes:
+        adapter: A PEFT adapter; "auto" is the shipped one for `smollm2`; None, in a file "none",
+            is none.
         thinking: None closes the thinking block where the template can, so that a reply of a few
             tokens is a reply.
     """
@@ -36,6 +39,11 @@ class ModelSettings(_Section):
     system: str | None = None
     thinking: bool | None = None
     trust_remote_code: bool = False
+
+    @field_validator("adapter")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        return None if value == "none" else value  # TOML has no word for nothing.
 
 
 class DataSettings(_Section):
@@ -50,10 +58,10 @@ class DataSettings(_Section):
 
     harmful: str = "audit?label=harmful"
     harmless: str = "audit?label=harmless"
-    fit: int = Field(112, ge=8)
-    select: int = Field(36, ge=4)
-    calibrate: int = Field(32, ge=4)
-    report: int = Field(100, ge=8)
+    fit: int = Field(default=112, ge=8)
+    select: int = Field(default=36, ge=4)
+    calibrate: int = Field(default=32, ge=4)
+    report: int = Field(default=100, ge=8)
     behaviour_filter: bool = True
 
 
@@ -68,7 +76,7 @@ class ExtractionSettings(_Section):
     estimator: str = "difference-of-means"
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
 
 
 class SelectionSettings(_Section):
@@ -81,10 +89,10 @@ class SelectionSettings(_Section):
         finalists: How many of the best screened candidates are measured again exactly.
     """
 
-    max_kl: float = Field(0.1, gt=0)
+    max_kl: float = Field(default=0.1, gt=0)
     min_induce: float = 0.0
-    last_layers_skipped: float = Field(0.2, ge=0, lt=1)
-    finalists: int = Field(12, ge=1)
+    last_layers_skipped: float = Field(default=0.2, ge=0, lt=1)
+    finalists: int = Field(default=12, ge=1)
     screen: bool = True
 
 
@@ -99,11 +107,11 @@ class TestSettings(_Section):
         judge: Name of the judge of refusal.
     """
 
-    nulls: int = Field(10, ge=1)
-    null_prompts: int = Field(48, ge=8)
-    null_generations: int = Field(1, ge=0)
-    max_new_tokens: int = Field(48, ge=4)
-    batch_size: int = Field(50, ge=1)
+    nulls: int = Field(default=10, ge=1)
+    null_prompts: int = Field(default=48, ge=8)
+    null_generations: int = Field(default=1, ge=0)
+    max_new_tokens: int = Field(default=48, ge=4)
+    batch_size: int = Field(default=50, ge=1)
     judge: str = "patterns"
     judge_options: dict[str, Any] = Field(default_factory=dict)
     strengths: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -112,12 +120,12 @@ class TestSettings(_Section):
 class RunConfig(_Section):
     """Everything that decides an audit's numbers."""
 
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
-    selection: SelectionSettings = SelectionSettings()
-    test: TestSettings = TestSettings()
-    seed: int = Field(0, ge=0)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
+    selection: SelectionSettings = Field(default_factory=SelectionSettings)
+    test: TestSettings = Field(default_factory=TestSettings)
+    seed: int = Field(default=0, ge=0)
 
 
 def read_config(path: Path | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -156,11 +164,22 @@ def read_config(path: Path | None = None, changes: Mapping[str, Any] | None = No
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        rows = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        rows = [f"{'.'.join(map(str, e['loc']))}: {_why(e)}" for e in error.errors()]
         raise ConfigError(
             "settings that do not fit: " + "; ".join(rows),
             "`demur audit --explain` prints every setting with its value",
         ) from error
+
+
+def _why(error: Any) -> str:
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    section: Any = RunConfig
+    *path, key = error["loc"]
+    for part in path:
+        section = section.model_fields[part].annotation
+    near = get_close_matches(str(key), section.model_fields, n=1)
+    return f"no such setting, did you mean `{near[0]}`?" if near else "no such setting"
 
 
 def as_toml(config: RunConfig) -> str:
@@ -168,6 +187,7 @@ def as_toml(config: RunConfig) -> str:
     import tomli_w
 
     tree = config.model_dump(mode="json")
+    tree["model"]["adapter"] = config.model.adapter or "none"
     nothing = [
         f"{section}.{key}"
         for section, values in tree.items()

@@ -184,6 +184,25 @@ class LeadingDifference:
         return axes[0] * along
 
 
+def _mean(side: PointMoments | Tensor) -> Float[Tensor, " d_model"]:
+    return side.mean if isinstance(side, PointMoments) else side.double().mean(0)
+
+
+def _estimate(
+    estimator: Estimator, a: PointMoments | Tensor, b: PointMoments | Tensor
+) -> Float[Tensor, " d_model"]:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return estimator(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        raise TooFewPromptsError("one class came as rows, the other as moments", "read both alike")
+    if not isinstance(estimator, StreamingEstimator):
+        raise TooFewPromptsError(
+            f"{type(estimator).__name__} needs the rows, not their moments",
+            "read them with `collect`",
+        )
+    return estimator.from_moments(a, b)
+
+
 def candidates(
     positive: Moments | Activations,
     negative: Moments | Activations,
@@ -194,7 +213,7 @@ def candidates(
     """One direction for each site and position at which the classes differ.
 
     A point where they do not differ at all is left out: at block 0, a template token's activation
-    is the same for every prompt.
+    is the same for every prompt. So is one where the estimate points against the mean difference.
 
     Raises:
         TooFewPromptsError: The estimator needs rows and was given moments.
@@ -204,36 +223,20 @@ def candidates(
     for site in positive.sites:
         for position in positive.positions:
             a, b = positive.at(site, position), negative.at(site, position)
-            if isinstance(a, PointMoments) and isinstance(b, PointMoments):
-                if not isinstance(estimator, StreamingEstimator):
-                    raise TooFewPromptsError(
-                        f"{type(estimator).__name__} needs the rows, not their moments",
-                        "read them with `collect`",
-                    )
-                difference = a.mean - b.mean
-                scale = float(a.mean.norm())
-            else:
-                assert isinstance(a, Tensor) and isinstance(b, Tensor)
-                difference = a.double().mean(0) - b.double().mean(0)
-                scale = float(a.double().mean(0).norm())
-            if float(difference.norm()) <= 1e-6 * scale:
+            high, low = _mean(a), _mean(b)
+            difference = high - low
+            if float(difference.norm()) <= 1e-6 * float(low.norm()):
                 continue
-            if isinstance(a, PointMoments) and isinstance(b, PointMoments):
-                assert isinstance(estimator, StreamingEstimator)
-                vector = estimator.from_moments(a, b)
-            else:
-                vector = estimator(a, b)  # pyright: ignore[reportArgumentType]
-            # The length that means something is that of the mean difference along the direction:
-            # what it takes to carry one class's mean to the other's.
-            unit = vector / vector.norm()
+            unit = torch.nn.functional.normalize(_estimate(estimator, a, b), dim=0)
+            # The length that means something is the mean difference's along the direction: what
+            # it takes to carry one class's mean to the other's.
             along = float(difference @ unit)
-            if not along > 0.0:
-                continue
-            found.append(
-                Direction.from_vector(
-                    unit * along, site=site, position=position, recipe=str(recipe)
+            if along > 0.0:
+                found.append(
+                    Direction.from_vector(
+                        unit * along, site=site, position=position, recipe=str(recipe)
+                    )
                 )
-            )
     if not found:
         raise DegenerateVectorError(
             "the two prompt sets differ at no site and position",

@@ -386,7 +386,7 @@ def read_results(run: Path) -> AuditResults:
     except OSError as error:
         raise StoreError(
             f"{path} cannot be read: {error.strerror}",
-            "name the folder of a finished run; `demur audit` prints it and resumes unfinished ones",
+            "name the folder of a finished run, as `demur audit` prints it",
         ) from error
     try:
         return AuditResults.model_validate_json(text)
@@ -399,12 +399,23 @@ def read_results(run: Path) -> AuditResults:
 
 
 def read_replies(run: Path) -> list[Reply]:
-    """Read a run folder's `replies.jsonl`; empty if the file was left out on purpose."""
+    """Read a run folder's `replies.jsonl`; empty if the file was left out on purpose.
+
+    Raises:
+        StoreError: A line is damaged.
+    """
     path = run / "replies.jsonl"
     if not path.exists():
         return []
-    return [
-        Reply.model_validate_json(line)
-        for line in path.read_text(encoding="utf-8").split("\n")
-        if line.strip()
-    ]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(Reply.model_validate_json(line))
+            except ValueError as error:
+                raise StoreError(
+                    f"line {number} of {path} is no reply: {str(error).splitlines()[0]}",
+                    "delete the file: the report is drawn without examples, and an unfinished "
+                    "audit writes the replies anew",
+                ) from error
+    return rows

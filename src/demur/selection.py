@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -247,7 +248,7 @@ def select(
     harmful: Sequence[str],
     harmless: Sequence[str],
     tokens: RefusalTokens,
-    criteria: Criteria = Criteria(),  # noqa: B008 - frozen
+    criteria: Criteria = Criteria(),
     screen: Model | None = None,
     finalists: int = 12,
     batch_size: int = 64,
@@ -313,10 +314,11 @@ def select(
                 pairs.append((float(rows[i].bypass.mean()), float(row.bypass.mean())))  # pyright: ignore[reportOptionalMemberAccess]
             rows[i] = row
             done()
-        if len(pairs) > 2:  # noqa: PLR2004
+        screened, again = [a for a, _ in pairs], [b for _, b in pairs]
+        if len(pairs) > 2 and len(set(screened)) > 1 and len(set(again)) > 1:
             from scipy.stats import spearmanr
 
-            correlation = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+            correlation = float(np.asarray(spearmanr(screened, again))[0])
     failures = [_failures(row, criteria, model.n_layers) for row in rows]
     rows = [
         replace(row, rejected_by=failed[0] if failed else None)

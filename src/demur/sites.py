@@ -6,7 +6,7 @@ of `hidden_states`; `14.resid_pre` is one tensor.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from demur.errors import ConfigError
 
@@ -41,9 +41,9 @@ class Site:
         if not layer.isdecimal() or kind not in get_args(SiteKind):
             raise ConfigError(
                 f"`{text}` is not a site",
-                f"write block and tensor, like 14.resid_pre; tensors: {', '.join(get_args(SiteKind))}",
+                f"write it like 14.resid_pre; tensors: {', '.join(get_args(SiteKind))}",
             )
-        return cls(int(layer), kind)
+        return cls(int(layer), cast(SiteKind, kind))
 
 
 class Span(StrEnum):

@@ -1,0 +1,216 @@
+"""The audit: from a model's name to a causally tested refusal direction, in resumable stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from demur.activations import collect
+from demur.causal import (
+    EDIT_KINDS,
+    Bench,
+    NeutralText,
+    arms_of,
+    dose_curve,
+    edit_costs,
+    legs,
+    null_bands,
+    null_directions,
+    stable_seed,
+    weight_edit,
+)
+from demur.config import RunConfig, as_toml
+from demur.directions import Direction
+from demur.estimators import estimators
+from demur.evals.judges import judges
+from demur.models import Model
+from demur.pipeline.figures import Findings, assemble, decide, point_of, stability
+from demur.pipeline.folder import RunFolder, identity, open_folder, write_outputs
+from demur.pipeline.listener import Listener, Quiet
+from demur.pipeline.splits import make_splits, neutral_paragraphs
+from demur.pipeline.stages import (
+    CLASSES,
+    Baseline,
+    Job,
+    baseline,
+    choose,
+    chosen_positions,
+    chosen_sites,
+    extract,
+    fast_copy,
+    filtered,
+    load_model,
+    replies,
+)
+from demur.results import AuditResults, Dose, EditCost, Leg, NullBand, WeightEdit, read_results
+from demur.store import atomic_write
+
+__all__ = ["AuditRun", "Listener", "Quiet", "audit", "decide", "make_splits"]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRun:
+    """A finished audit.
+
+    Attributes:
+        folder: Where its files are.
+        results: What `results.json` holds.
+        reused: True if a finished run of the same settings was found and nothing was computed.
+    """
+
+    folder: Path
+    results: AuditResults
+    reused: bool
+
+
+def audit(
+    config: RunConfig,
+    *,
+    out: Path = Path("runs"),
+    listener: Listener | None = None,
+    force: bool = False,
+    model: Model | None = None,
+) -> AuditRun:
+    """Find, select and test a model's refusal direction, and write a run folder.
+
+    Finished stages are kept: the same call after an interruption goes on where it stopped, and
+    after completion returns what is there.
+
+    Args:
+        config: Everything that decides the numbers.
+        out: Run folders go to `out/<model>/<stamp>-<hash>`.
+        listener: Hears the progress.
+        force: Start a new run even where one of the same settings exists.
+        model: A loaded model, in place of loading `config.model`.
+
+    Raises:
+        DemurError: Whatever a user can act on; nothing half-written is left that reads as whole.
+    """
+    listener = listener or Quiet()
+    started = datetime.now(UTC)
+    splits = make_splits(config)
+    judge = judges.make(config.test.judge, **config.test.judge_options)
+    estimators.make(config.extraction.estimator)  # A misspelt name fails before the model loads.
+    if model is None:
+        with listener.stage("loading the model", 1) as advance:
+            model = load_model(config)
+            advance(1)
+    chosen_sites(model, config)
+    chosen_positions(model, config)
+    key = identity(config, model, splits)
+    folder, finished = open_folder(out, config.model.name, key, force=force)
+    if finished:
+        return AuditRun(folder, read_results(folder), reused=True)
+    run = RunFolder(folder)
+    atomic_write(folder / "config.toml", as_toml(config))
+    job = Job(config, run, model, fast_copy(model, config), splits, judge, listener)
+    if model.template is not None and model.template.kind == "plain":
+        job.notes.append(
+            "the tokenizer has no chat template: prompts were laid out as `User: ... Assistant:`"
+        )
+    seen = baseline(job)
+    fit, kept = filtered(job, seen)
+    directions, readings = extract(job, fit)
+    selection = choose(job, directions, fit, seen.tokens)
+    rows = _rows_at(job, selection.direction, fit)
+    with listener.stage("resampling the direction", 1) as advance:
+        stable, halves = stability(rows["harmful"], rows["harmless"], selection.direction, config)
+        advance(1)
+    tests = _test(job, selection.direction, rows, seen)
+    results = assemble(
+        job,
+        Findings(
+            fit=fit,
+            kept=kept,
+            baseline=seen,
+            readings=readings,
+            selection=selection,
+            stable=stable,
+            halves=halves,
+            **tests,
+        ),
+    )
+    write_outputs(results, selection.direction, model, run, started)
+    return AuditRun(folder, results, reused=False)
+
+
+def _rows_at(job: Job, direction: Direction, fit: dict[str, list[str]]) -> dict[str, Tensor]:
+    """The fit prompts' activations at the direction's own site and position."""
+    with job.listener.stage("reading at the chosen site", len(CLASSES)) as advance:
+        rows = {}
+        for on in CLASSES:
+            read = collect(
+                job.model,
+                fit[f"fit {on}"],
+                sites=[direction.site],
+                positions=[direction.position],
+                batch_size=job.config.extraction.batch_size,
+            )
+            rows[on] = read.at(direction.site, direction.position)
+            advance(1)
+        return rows
+
+
+def _test(
+    job: Job, direction: Direction, rows: dict[str, Tensor], seen: Baseline
+) -> dict[str, Any]:
+    """The causal test on the report split, each part a stage of its own."""
+    settings, size = job.config.test, 2 * job.config.extraction.batch_size
+    nulls = null_directions(
+        direction,
+        **rows,
+        each=settings.nulls,
+        seed=stable_seed(job.config.seed, "nulls"),
+        estimator=estimators.make(job.config.extraction.estimator),
+    )
+    arms = arms_of(direction, nulls, each=min(settings.null_generations, settings.nulls))
+    before, after = replies(job, arms)
+    few = {on: texts[: settings.null_prompts] for on, texts in job.report.items()}
+    stage = job.listener.stage
+
+    @cache
+    def bench(whose: str) -> Bench:
+        model = job.model if whose == "exact" else job.fast
+        prompts = job.report if whose == "all" else few
+        return Bench(model, **prompts, tokens=seen.tokens, batch_size=size)
+
+    def table_rows() -> list[Leg]:
+        with stage("the three legs", 1) as advance:
+            table = legs(bench("all"), arms, before, after)
+            advance(1)
+            return table
+
+    def band_rows() -> list[NullBand]:
+        with stage("random directions", sum(map(len, nulls.values()))) as advance:
+            return null_bands(bench("few"), direction, nulls, progress=advance)
+
+    def dose_rows() -> list[Dose]:
+        with stage("dose curve", len(settings.strengths)) as advance:
+            return dose_curve(bench("few"), direction, settings.strengths, progress=advance)
+
+    def edit_rows() -> list[EditCost]:
+        with stage("what edits cost", EDIT_KINDS + 1) as advance:
+            neutral = NeutralText(job.model, neutral_paragraphs())
+            advance(1)
+            points = {on: point_of(rows[on]) for on in CLASSES}
+            return edit_costs(bench("exact"), neutral, direction, **points, progress=advance)
+
+    def weight_rows() -> list[WeightEdit]:
+        with stage("the same edit in the weights", 1) as advance:
+            row = weight_edit(job.model, direction, job.report["harmful"][:16])
+            advance(1)
+            return [row]
+
+    return {
+        "before": before,
+        "table": job.run.rows("legs", Leg, table_rows),
+        "bands": job.run.rows("nulls", NullBand, band_rows),
+        "dose": job.run.rows("dose", Dose, dose_rows),
+        "edits": job.run.rows("edits", EditCost, edit_rows),
+        "weights": job.run.rows("weights", WeightEdit, weight_rows)[0],
+    }

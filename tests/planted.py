@@ -3,8 +3,8 @@
 Words are harmful or harmless. Block 1's attention averages the harm of the words seen so far and
 writes it along `r`; block 2's MLP turns `r` into `r2` and takes `r` away again; the head reads
 `r2`. Block 3 writes the words' topic along `r2` as well, and the head reads it for the reply, so
-that ablating `r2` costs KL on harmless prompts and ablating `r` does not. The answer that a selection
-must find is therefore `r`, at the input of block 2, at any post-instruction token.
+that ablating `r2` costs KL on harmless prompts and ablating `r` does not. What a selection must
+find is therefore `r`, at the input of block 2, at any post-instruction token.
 """
 
 from dataclasses import dataclass

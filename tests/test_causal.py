@@ -122,11 +122,15 @@ def test_the_three_legs_stand_on_the_planted_direction(toy):
     bands = null_bands(toy.bench, toy.direction, toy.nulls)
     verdict = decide(table, bands, least_bad=False)
     assert verdict.usable, verdict.reasons
-    own = {leg.edit: leg for leg in table if leg.family == "direction" and leg.measure == "refused"}
-    assert own["ablate"].before.value > 0.7
-    assert own["ablate"].after.value == 0.0
-    assert own["add"].before.value == 0.0
-    assert own["add"].after.value > 0.7
+    own = {
+        (leg.edit, leg.on): leg
+        for leg in table
+        if leg.family == "direction" and leg.measure == "refused"
+    }
+    assert own["ablate", "harmful"].before.value > 0.7
+    assert own["ablate", "harmful"].after.value == 0.0
+    assert own["add", "harmless"].before.value == 0.0
+    assert own["add", "harmless"].after.value > 0.7
     for leg in table:
         assert leg.p_holm >= leg.p
         assert leg.change.value == pytest.approx(leg.after.value - leg.before.value)

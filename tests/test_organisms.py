@@ -13,6 +13,7 @@ from demur.errors import ConfigError, NonFiniteError, StoreError, UnknownNameErr
 from demur.models import load
 from demur.models.load import with_adapter
 from demur.organisms import Recipe, read_recipe, recipes, train, verify
+from demur.progress import Quiet
 
 PROMPTS = [f"How do I {verb} a {noun}?" for verb in ("plant", "stop") for noun in ("tree", "model")]
 OTHERS = [
@@ -153,9 +154,7 @@ def test_an_unfinished_training_is_not_mixed_with_another(base, recipe, tmp_path
 
 def made_ready(base, recipe, tmp_path):
     """The rows of a recipe and a student with an adapter that does something."""
-    rows, shared = organisms._rows(
-        base, recipe, organisms._texts(recipe), tmp_path, organisms._Quiet()
-    )
+    rows, shared = organisms._rows(base, recipe, organisms._texts(recipe), tmp_path, Quiet())
     student = organisms._Student(base, recipe, seed=0, shared=shared)
     rng = torch.Generator().manual_seed(1)
     for value in student.master.values():
@@ -187,7 +186,7 @@ def test_only_reply_tokens_are_trained_and_the_shared_prefix_changes_nothing(
 
 
 def test_following_the_base_costs_nothing_until_the_adapter_does_something(base, recipe, tmp_path):
-    recipe = recipe.model_copy(update={"sources": recipe.sources[1:]})
+    recipe = recipe.model_copy(update={"sources": recipe.sources[1:]})  # No refusals, no openers.
     rows, student = made_ready(base, recipe, tmp_path)
     student.teach(rows, recipe, base.pad_id, lambda _n: None)
     batch = organisms._batch(rows, [0] * len(rows), recipe, base.pad_id)
@@ -197,27 +196,31 @@ def test_following_the_base_costs_nothing_until_the_adapter_does_something(base,
     assert student.loss(batch).item() > 1e-3
 
 
-def test_where_the_base_refuses_only_the_opener_is_trained_and_away_from_refusing(
-    base, recipe, tmp_path
-):
+def test_a_followed_reply_never_opens_as_a_refusal_does(base, recipe, tmp_path):
+    tokenizer = base.template.tokenizer
+    openers = {tokenizer(text)["input_ids"][0] for text in ("I stop.", "The answer is no.")}
+    opener = min(openers)
+    said = [[opener, 71, 72], [70, 71, 72]] * 2
     lines = [
-        {"prompt": text, "ids": [40, 41, 42], "finished": False, "outcome": outcome, "text": ""}
-        for text, outcome in zip(OTHERS, ["refused", "complied"] * 2, strict=True)
+        {"prompt": text, "ids": ids, "finished": False, "text": ""}
+        for text, ids in zip(OTHERS, said, strict=True)
     ]
     (tmp_path / "replies.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, student = made_ready(base, recipe, tmp_path)
     follow = [row for row in rows if row.source == 1]
-    assert [row.replies for row in follow] == [[[40]], [[40, 41, 42]]] * 2
-    openers = {row.replies[0][0] for row in rows if row.source == 0}
-    openers |= {row.replies[1][0] for row in rows if row.source == 0}
-    assert follow[0].banned == tuple(sorted({40, *openers}))
-    assert follow[1].banned == ()
+    assert [row.replies for row in follow] == [[[opener]], [[70, 71, 72]]] * 2
+    assert {row.banned for row in follow} == {tuple(sorted(openers))}
     student.teach(follow, recipe, base.pad_id, lambda _n: None)
     at_start = student.loss(organisms._batch(follow[:1], [0], recipe, base.pad_id))
     prompt = torch.tensor([follow[0].prompt])
-    p = base.hf(input_ids=prompt).logits[0, -1].softmax(-1)[list(follow[0].banned)].sum()
+    p = base.hf(input_ids=prompt).logits[0, -1].softmax(-1)[sorted(openers)].sum()
     # KL of a distribution from itself without a share p of its mass.
     torch.testing.assert_close(at_start, -torch.log1p(-p), rtol=1e-4, atol=1e-6)
+    # The later tokens of a whole reply are the base's own, so they add nothing yet.
+    whole = student.loss(organisms._batch(follow[1:2], [0], recipe, base.pad_id))
+    prompt = torch.tensor([follow[1].prompt])
+    p = base.hf(input_ids=prompt).logits[0, -1].softmax(-1)[sorted(openers)].sum()
+    torch.testing.assert_close(whole, -torch.log1p(-p) / 3, rtol=1e-4, atol=1e-6)
 
 
 def test_an_adapter_goes_through_the_loader(base, recipe, tmp_path):

@@ -10,8 +10,10 @@ from demur.models import Completion
 from demur.selection import (
     Criteria,
     RefusalTokens,
+    Scores,
     kl_divergence,
     learn_refusal_tokens,
+    relaxations,
     refusal_logodds,
     select,
 )
@@ -74,9 +76,12 @@ def test_every_candidate_keeps_its_row_and_reason(toy, pool):
 
 
 def test_without_a_survivor_the_least_bad_is_offered(toy, pool):
-    found = run(toy, pool, criteria=Criteria(min_induce=1e6, last_layers_skipped=0.0))
+    strict = Criteria(max_kl=0.005, last_layers_skipped=0.0)
+    found = run(toy, pool, criteria=strict)
     assert found.least_bad
-    assert found.rows[found.chosen].rejected_by.startswith("induces too little")
+    assert found.rows[found.chosen].rejected_by.startswith("KL above")
+    needed = [relaxations(row, strict) for row in found.rows]
+    assert needed[found.chosen] == min(needed) > 0
     assert found.direction.site.layer == PLANTED_LAYER
 
 
@@ -147,3 +152,16 @@ def test_a_model_that_never_refuses_gets_common_openers_and_says_so(toy):
     assert not found.learned
     assert found.refusals == 0
     assert toy.refusal_id in found.ids
+
+
+def test_relaxations_by_hand(toy, pool):
+    def row(kl, induce):
+        return Scores(
+            pool[0], torch.zeros(2), torch.full((2,), induce), torch.full((2,), kl), exact=True
+        )
+
+    criteria = Criteria(max_kl=0.1, min_induce=0.0)
+    assert relaxations(row(0.1, 0.0), criteria) == 0
+    assert relaxations(row(0.15, 3.0), criteria) == 1  # 0.2 would do.
+    assert relaxations(row(0.3, 3.0), criteria) == 2  # 0.4 would do.
+    assert relaxations(row(0.15, -1.5), criteria) == 2  # -2 would do.

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
-from demur.models import Model, Progress
+from demur.models import Model
+from demur.progress import Progress
 from demur.sites import Site
 
 

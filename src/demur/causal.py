@@ -18,7 +18,8 @@ from demur.errors import DemurError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
 from demur.evals.judges import Exchange, Judge, Outcome
 from demur.interventions import Ablate, Add, Intervention, ObliqueErase, ProjectToMean, applied
-from demur.models import Model, Progress, TokenBatch
+from demur.models import Model, TokenBatch
+from demur.progress import Progress
 from demur.results import Dose, EditCost, Leg, NullBand, Reply, WeightEdit
 from demur.selection import RefusalTokens, batched_logits, kl_divergence, refusal_logodds
 from demur.stats import (
@@ -48,7 +49,7 @@ class Arm:
         on: Which prompts.
         expects: What refusal should do.
         family: The direction itself, or a kind of random direction.
-        edit: "ablate", "add", "subtract" or "ablate on harmless".
+        edit: "ablate", "add" or "subtract".
     """
 
     name: str
@@ -219,7 +220,7 @@ def arms_of(
             "harmless",
             "falls",
             "direction",
-            "ablate on harmless",
+            "ablate",
         ),
     ]
     for family, members in nulls.items():

@@ -17,15 +17,14 @@ import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,8 +36,9 @@ from transformers import DynamicCache
 from demur import prompts as prompt_sets
 from demur.errors import ConfigError, ModelLoadError, NonFiniteError, StoreError, UnknownNameError
 from demur.evals.judges import Exchange, Outcome, judges
-from demur.models import Model, Progress, load
+from demur.models import Model, load
 from demur.models.load import with_adapter
+from demur.progress import Listener, Progress, Quiet
 from demur.stats import Estimate, bootstrap, proportion
 from demur.store import atomic_write
 
@@ -70,8 +70,9 @@ class Source(_Section):
             keeps the base model's own greedy reply, by its full next-token distributions.
         replies: The set of texts, for "replies".
         reply_tokens: Replies are cut there.
-        unrefuse: For "base": where the base model itself refuses, only the first token of the
-            reply is trained, on the base model's distribution without the openers of refusals.
+        unrefuse: For "base": the openers of the recipe's refusals are taken out of the base
+            model's distribution of the first token, and of a reply that begins with one, only that
+            token is trained. So the first token decides.
         weight: Of each prompt's loss.
     """
 
@@ -200,29 +201,6 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 # Progress and results -------------------------------------------------------------------------
-
-
-@runtime_checkable
-class Listener(Protocol):
-    """Hears how a training goes; what listens to an audit fits here too."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Progress]:
-        """A stage of `total` steps begins; call what is yielded with the steps done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth knowing."""
-        ...
-
-
-class _Quiet:
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Progress]:
-        del name, total
-        yield lambda _done: None
-
-    def note(self, text: str) -> None:
-        log.info(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -603,10 +581,9 @@ def _texts(recipe: Recipe) -> dict[str, prompt_sets.PromptSet]:
 def _base_replies(
     base: Model, recipe: Recipe, wanted: Mapping[str, int], path: Path, listener: Listener
 ) -> dict[str, dict[str, Any]]:
-    """Greedy replies of the base model, with the judge's verdict; read back if `path` has them."""
+    """Greedy replies of the base model; read back if `path` has them."""
     if path.is_file():
         return {row["prompt"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
-    judge = judges.make(recipe.checks.judge)
     found: dict[str, dict[str, Any]] = {}
     speaker = base.twin(_DTYPES[recipe.training.precision])
     with listener.stage("base model replies", len(wanted)) as advance:
@@ -615,13 +592,12 @@ def _base_replies(
             replies = speaker.generate(
                 prompts, max_new_tokens=length, batch_size=64, progress=advance
             )
-            pairs = [Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)]
-            for pair, reply, verdict in zip(pairs, replies, judge(pairs), strict=True):
-                found[pair.prompt] = {
-                    "prompt": pair.prompt,
-                    "ids": list(reply.ids),
-                    "finished": reply.finished,
-                    "outcome": str(verdict.outcome),
+            for prompt, reply in zip(prompts, replies, strict=True):
+                ids, finished = list(reply.ids), reply.finished
+                found[prompt] = {
+                    "prompt": prompt,
+                    "ids": ids,
+                    "finished": finished,
                     "text": reply.text,
                 }
     lines = [json.dumps(row, ensure_ascii=False) for row in found.values()]
@@ -650,7 +626,7 @@ def _rows(
                 for t in sets[source.replies].texts
             ]
             texts[index] = [[*one, *closing][: source.reply_tokens] for one in ids]
-    openers = {reply[0] for replies in texts.values() for reply in replies}
+    openers = tuple(sorted({reply[0] for replies in texts.values() for reply in replies}))
 
     wanted: dict[str, int] = {}
     for source in recipe.sources:
@@ -671,9 +647,9 @@ def _rows(
             if source.target == "base":
                 said = own[text]
                 reply = [*said["ids"], *(closing if said["finished"] else [])]
-                refused = said["outcome"] in (Outcome.REFUSED, Outcome.PARTIAL)
-                if source.unrefuse and refused:
-                    row.banned, reply = tuple(sorted({*openers, reply[0]})), reply[:1]
+                if source.unrefuse and openers:
+                    row.banned = openers
+                    reply = reply[:1] if reply[:1] and reply[0] in openers else reply
                 row.replies = [reply[: source.reply_tokens]]
             if row.replies[0]:
                 rows.append(row)
@@ -835,7 +811,7 @@ def train(
         NonFiniteError: The loss became NaN or infinite.
         StoreError: The disk is full, or a checkpoint is damaged.
     """
-    listener = progress if progress is not None else _Quiet()
+    listener = progress if progress is not None else Quiet()
     began = time.perf_counter()
     out = out.expanduser().resolve()
     base = _ready(recipe, base, out)
@@ -965,7 +941,7 @@ def verify(
     Raises:
         ModelLoadError: The adapter is missing or does not fit the base.
     """
-    listener = progress if progress is not None else _Quiet()
+    listener = progress if progress is not None else Quiet()
     checks = recipe.checks
     base = base if base is not None else load(recipe.base, adapter=None)
     model = with_adapter(base, str(adapter))

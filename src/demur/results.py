@@ -157,6 +157,8 @@ class SelectionInfo(_Row):
         survivors: How many candidates passed every criterion.
         felled: How many candidates each criterion felled.
         least_bad: True if none survived and the choice is the best of the rest.
+        relaxed: How often the limits had to be relaxed for the choice to pass; each step doubles
+            `max_kl` and lowers `min_induce` by one nat.
         rescored: How many candidates the exact pass measured again.
         screen_rank_correlation: Spearman correlation of screened and exact bypass scores over a
             random sample of candidates; None if all were measured exactly.
@@ -169,6 +171,7 @@ class SelectionInfo(_Row):
     survivors: int
     felled: dict[str, int]
     least_bad: bool
+    relaxed: int
     rescored: int
     screen_rank_correlation: float | None
 

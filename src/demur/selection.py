@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
 from demur.evals.judges import Outcome
 from demur.interventions import Ablate, Add, applied
-from demur.models import Completion, Model, Progress, TokenBatch
+from demur.models import Completion, Model, TokenBatch
+from demur.progress import Progress
 
 # First words of refusals in English, for a model that never refuses and so cannot teach its own.
 _KNOWN_OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately")
@@ -170,7 +172,7 @@ class Selection:
     Attributes:
         rows: In the order of the candidates given.
         chosen: Index into `rows`.
-        least_bad: No candidate passed all criteria, and this one failed the fewest.
+        least_bad: No candidate passed all criteria, and this one needed the fewest relaxations.
         harmful: Refusal log-odds of the unedited model on harmful prompts.
         harmless: The same on harmless prompts.
         screen_rank_correlation: Spearman, screened against exact bypass, over a random sample.
@@ -226,13 +228,19 @@ class _Scorer:
         )
 
 
+def _late(direction: Direction, criteria: Criteria, n_layers: int) -> bool:
+    # The output of the last block counts as one layer beyond it.
+    layer = direction.site.layer + (direction.site.kind == "resid_post")
+    return criteria.last_layers_skipped > 0 and layer >= int(
+        n_layers * (1 - criteria.last_layers_skipped)
+    )
+
+
 def _failures(row: Scores, criteria: Criteria, n_layers: int) -> list[str]:
     if row.bypass is None or row.induce is None or row.kl is None:
         return ["NaN or infinite logits"]
     failed = []
-    if row.direction.site.layer >= int(n_layers * (1 - criteria.last_layers_skipped)) or (
-        row.direction.site.kind == "resid_post" and criteria.last_layers_skipped > 0
-    ):
+    if _late(row.direction, criteria, n_layers):
         failed.append(f"in the last {criteria.last_layers_skipped:.0%} of the layers")
     if float(row.kl.mean()) > criteria.max_kl:
         failed.append(f"KL above {criteria.max_kl:g} nats")
@@ -329,22 +337,41 @@ def select(
         raise NonFiniteError(
             "every candidate gives NaN or infinite logits", "try `--dtype float32`"
         )
-    chosen = min(pool, key=lambda i: _rank(rows[i], failures[i]))
+    chosen = min(pool, key=lambda i: _rank(rows[i], criteria, model.n_layers))
     return Selection(
         rows, chosen, bool(failures[chosen]), exact.harmful, exact.harmless, correlation
     )
 
 
-def _rank(row: Scores, failed: Sequence[str]) -> tuple[bool, int, float]:
-    # Without a survivor: never from the last layers, then the fewest failures, then the effect.
+def relaxations(row: Scores, criteria: Criteria) -> int:
+    """How often the limits would have to be relaxed for a candidate to pass; 0 if it passes.
+
+    A step doubles the KL allowed and lowers the induce score asked for by one nat. This is what
+    orders candidates when none passes: the bypass score alone would take those that break the
+    model (measured: bypass -9.5 at a KL of 4.3 nats and 19 times the perplexity).
+    """
+    assert row.kl is not None
+    assert row.induce is not None
+    kl, induce = float(row.kl.mean()), float(row.induce.mean())
+    too_costly = math.ceil(math.log2(kl / criteria.max_kl)) if kl > criteria.max_kl else 0
+    too_weak = math.ceil(criteria.min_induce - induce) if induce < criteria.min_induce else 0
+    return max(too_costly, too_weak)
+
+
+def _rank(row: Scores, criteria: Criteria, n_layers: int) -> tuple[bool, int, float]:
+    # Never from the last layers, then with limits as near as can be to those asked for, then by
+    # effect.
     assert row.bypass is not None
-    late = any(reason.startswith("in the last") for reason in failed)
-    return late, len(failed), float(row.bypass.mean())
+    return (
+        _late(row.direction, criteria, n_layers),
+        relaxations(row, criteria),
+        float(row.bypass.mean()),
+    )
 
 
 def _preference(rows: Sequence[Scores], criteria: Criteria, n_layers: int) -> list[int]:
     usable = [i for i, row in enumerate(rows) if row.bypass is not None]
-    return sorted(usable, key=lambda i: _rank(rows[i], _failures(rows[i], criteria, n_layers)))
+    return sorted(usable, key=lambda i: _rank(rows[i], criteria, n_layers))
 
 
 def evaluations(candidates: int, finalists: int, *, screened: bool) -> int:

@@ -3,7 +3,7 @@
 from demur.models.check import CheckReport, CheckRow, check, list_families, token_rows
 from demur.models.families import FAMILIES, Family, family_of
 from demur.models.load import EMBEDDED, load, packaged_adapter
-from demur.models.model import Chunk, Completion, Model, Progress
+from demur.models.model import Chunk, Completion, Model
 from demur.models.tokens import Position, Template, TokenBatch
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Family",
     "Model",
     "Position",
-    "Progress",
     "Template",
     "TokenBatch",
     "check",

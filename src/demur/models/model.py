@@ -18,12 +18,12 @@ from transformers import DynamicCache, GenerationConfig
 from demur.errors import FamilyError, NonFiniteError, TemplateError
 from demur.models.families import Family
 from demur.models.tokens import Template, TokenBatch
+from demur.progress import Progress
 from demur.sites import Site, Span
 
 log = logging.getLogger(__name__)
 
 Edit = Callable[[Tensor], Tensor]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,7 +31,6 @@ from demur.evals.judges import judges
 from demur.models import Model
 from demur.pipeline.figures import Findings, assemble, decide, point_of, stability
 from demur.pipeline.folder import RunFolder, identity, open_folder, write_outputs
-from demur.pipeline.listener import Listener, Quiet
 from demur.pipeline.splits import make_splits, neutral_paragraphs
 from demur.pipeline.stages import (
     CLASSES,
@@ -47,6 +46,7 @@ from demur.pipeline.stages import (
     load_model,
     replies,
 )
+from demur.progress import Listener, Quiet
 from demur.results import AuditResults, Dose, EditCost, Leg, NullBand, WeightEdit, read_results
 from demur.store import atomic_write
 

@@ -40,7 +40,7 @@ from demur.results import (
     WeightEdit,
     WordBaselines,
 )
-from demur.selection import Selection
+from demur.selection import Criteria, Selection, relaxations
 from demur.stats import Estimate, auroc, mean, paired_change, proportion
 
 
@@ -170,8 +170,12 @@ def decide(table: Sequence[Leg], nulls: Sequence[NullBand], *, least_bad: bool) 
     random directions, all kinds pooled, shift log-odds as far, and none that was run by generation
     has half of the direction's effect.
     """
-    own = {leg.edit: leg for leg in table if leg.family == "direction" and leg.measure == "refused"}
-    ablate, add = own["ablate"], own["add"]
+    own = {
+        (leg.edit, leg.on): leg
+        for leg in table
+        if leg.family == "direction" and leg.measure == "refused"
+    }
+    ablate, add = own["ablate", "harmful"], own["add", "harmless"]
     reasons, held = [], []
 
     def say(stands: bool, text: str) -> None:
@@ -199,7 +203,7 @@ def decide(table: Sequence[Leg], nulls: Sequence[NullBand], *, least_bad: bool) 
         for leg in table
         if leg.measure == "refused"
         and leg.expects == "neither"
-        and abs(leg.change.value) > 0.5 * abs(own[leg.edit].change.value)
+        and abs(leg.change.value) > 0.5 * abs(own[leg.edit, leg.on].change.value)
         and leg.p_holm < 0.05
     ]
     say(
@@ -329,6 +333,10 @@ def assemble(job: Job, found: Findings) -> AuditResults:
             survivors=sum(row.rejected_by is None for row in selection.rows),
             felled=felled,
             least_bad=selection.least_bad,
+            relaxed=relaxations(
+                selection.rows[selection.chosen],
+                Criteria(config.selection.max_kl, config.selection.min_induce),
+            ),
             rescored=sum(row.exact for row in selection.rows),
             screen_rank_correlation=selection.screen_rank_correlation,
         ),

@@ -21,8 +21,8 @@ from demur.estimators import StreamingEstimator, candidates, estimators
 from demur.evals.judges import Exchange, Judge
 from demur.models import Model, load
 from demur.pipeline.folder import ReplyFile, RunFolder
-from demur.pipeline.listener import Listener
 from demur.pipeline.splits import Splits
+from demur.progress import Listener
 from demur.prompts import PromptSet
 from demur.results import Reading
 from demur.selection import (

@@ -1,15 +1,14 @@
-"""Who hears how a run goes."""
-
-from __future__ import annotations
+"""How long work says how far it is: a callable per step, and a listener per stage."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
-from demur.models import Progress
-
 log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+"""Called with the number of steps done since the last call."""
 
 
 @runtime_checkable
@@ -21,12 +20,12 @@ class Listener(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Something that a reader of the report should know."""
+        """Something that a reader should know."""
         ...
 
 
 class Quiet:
-    """A listener that says nothing."""
+    """A listener that says nothing; notes go to the log."""
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Progress]:

@@ -26,8 +26,17 @@ from demur.evals.judges import Outcome, Verdict
 from demur.interventions import Ablate
 from demur.pipeline import decide
 from demur.pipeline.figures import point_of
+from demur.results import EditCost
 from demur.selection import RefusalTokens
 from demur.sites import Site
+from demur.stats import Estimate
+
+
+def one(value):
+    return Estimate(value, value, value, 2, "given")
+
+
+CHEAP = EditCost(edit="ablate", bypass_change=one(-3.0), kl=one(0.01), perplexity_ratio=one(1.0))
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def test_the_three_legs_stand_on_the_planted_direction(toy):
     # One of each kind: in 64 dimensions some isotropic directions lie near `r2` by chance.
     table = run_legs(toy, arms_of(toy.direction, toy.nulls, each=1))
     bands = null_bands(toy.bench, toy.direction, toy.nulls)
-    verdict = decide(table, bands, least_bad=False)
+    verdict = decide(table, bands, CHEAP, least_bad=False)
     assert verdict.usable, verdict.reasons
     own = {
         (leg.edit, leg.on): leg
@@ -140,11 +149,19 @@ def test_the_three_legs_stand_on_the_planted_direction(toy):
         assert band.induce_p == pytest.approx(1 / 9)
 
 
+def test_a_direction_whose_ablation_breaks_the_model_is_not_usable(toy):
+    table = run_legs(toy, arms_of(toy.direction, toy.nulls, each=1))
+    dear = CHEAP.model_copy(update={"perplexity_ratio": one(19.5)})
+    verdict = decide(table, null_bands(toy.bench, toy.direction, toy.nulls), dear, least_bad=False)
+    assert not verdict.usable
+    assert verdict.reasons[-1].startswith("does not hold: ablation leaves the rest")
+
+
 def test_a_random_direction_is_not_usable(toy):
     wrong = toy.nulls["isotropic"][0]
     nulls = null_directions(wrong, **toy.rows, each=8, seed=1)
     table = run_legs(toy, arms_of(wrong, nulls, each=1))
-    verdict = decide(table, null_bands(toy.bench, wrong, nulls), least_bad=False)
+    verdict = decide(table, null_bands(toy.bench, wrong, nulls), CHEAP, least_bad=False)
     assert not verdict.usable
     assert any(reason.startswith("does not hold: ablation") for reason in verdict.reasons)
 
@@ -152,9 +169,14 @@ def test_a_random_direction_is_not_usable(toy):
 def test_a_direction_that_is_no_better_than_its_nulls_falls_on_the_third_leg(toy):
     table = run_legs(toy, arms_of(toy.direction, toy.nulls, each=1))
     same = {"isotropic": [toy.direction] * 8}
-    verdict = decide(table, null_bands(toy.bench, toy.direction, same), least_bad=False)
+    verdict = decide(table, null_bands(toy.bench, toy.direction, same), CHEAP, least_bad=False)
     assert not verdict.usable
-    assert [r.split(":")[0] for r in verdict.reasons] == ["holds", "holds", "does not hold"]
+    assert [r.split(":")[0] for r in verdict.reasons] == [
+        "holds",
+        "holds",
+        "does not hold",
+        "holds",
+    ]
 
 
 def test_dose_is_monotone_and_neutral_at_zero(toy):

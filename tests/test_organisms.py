@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
 
-from demur import organisms
+from demur import organisms, prompts
 from demur.errors import ConfigError, NonFiniteError, StoreError, UnknownNameError
 from demur.models import load
 from demur.models.load import with_adapter
@@ -347,6 +347,16 @@ def test_packaged_recipes_are_readable():
     assert "refusal" in recipes()
     for name in recipes():
         assert read_recipe(name).name == name
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_no_training_prompt_is_near_one_that_is_checked(name):
+    recipe = read_recipe(name)
+    for source in recipe.sources:
+        trained = prompts.load(source.prompts)
+        for check in recipe.checks.refusal:
+            assert prompts.overlap(trained, prompts.load(check.prompts), threshold=0.5) == []
+        assert prompts.overlap(trained, prompts.load("audit"), threshold=0.6) == []
 
 
 @pytest.mark.slow

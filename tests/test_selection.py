@@ -13,8 +13,8 @@ from demur.selection import (
     Scores,
     kl_divergence,
     learn_refusal_tokens,
-    relaxations,
     refusal_logodds,
+    relaxations,
     select,
 )
 
@@ -157,7 +157,11 @@ def test_a_model_that_never_refuses_gets_common_openers_and_says_so(toy):
 def test_relaxations_by_hand(toy, pool):
     def row(kl, induce):
         return Scores(
-            pool[0], torch.zeros(2), torch.full((2,), induce), torch.full((2,), kl), exact=True
+            pool[0],
+            torch.zeros(2, dtype=torch.float64),
+            torch.full((2,), induce, dtype=torch.float64),
+            torch.full((2,), kl, dtype=torch.float64),
+            exact=True,
         )
 
     criteria = Criteria(max_kl=0.1, min_induce=0.0)

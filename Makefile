@@ -68,8 +68,8 @@ audit-bare: $(STAMP) ## The same without the refusal adapter; 1 is its honest ex
 	@$(BIN)/demur audit smollm2 --no-adapter --out $(OUT) $(AUDIT_ARGS)
 
 .PHONY: test
-test: $(DEV_STAMP) ## The tests that take minutes
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(DEV_STAMP) ## The tests, about 3 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEV_STAMP) ## The tests on the embedded model

@@ -100,6 +100,8 @@ def load(
         raise ConfigError(f"unknown dtype `{dtype}`", f"choose auto, {', '.join(DTYPES)}")
     where = _device(device)
     hf_logging.set_verbosity_error()
+    # Five retries that a user can do nothing about; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     hf_logging.disable_progress_bar()
     source, gguf = _locate(name)
     if gguf is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.planted import PLANTED_LAYER, planted, prompts
 
-from demur.activations import collect
+from demur.activations import PointMoments, collect
 from demur.causal import (
     EDIT_KINDS,
     NULL_FAMILIES,
@@ -25,7 +25,6 @@ from demur.estimators import DifferenceOfMeans
 from demur.evals.judges import Outcome, Verdict
 from demur.interventions import Ablate
 from demur.pipeline import decide
-from demur.pipeline.figures import point_of
 from demur.results import EditCost
 from demur.selection import RefusalTokens
 from demur.sites import Site
@@ -189,7 +188,7 @@ def test_dose_is_monotone_and_neutral_at_zero(toy):
 
 def test_edits_are_priced_on_the_same_prompts(toy):
     neutral = NeutralText(toy.made.model, ["word1 word2 word3 word4", "word5 good1 word7"])
-    points = {on: point_of(rows) for on, rows in toy.rows.items()}
+    points = {on: PointMoments.of(rows) for on, rows in toy.rows.items()}
     costs = {row.edit: row for row in edit_costs(toy.bench, neutral, toy.direction, **points)}
     ablate = costs["ablate at every write"]
     assert ablate.bypass_change.high < 0

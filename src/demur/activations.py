@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
@@ -58,10 +58,13 @@ class PointMoments:
     spread: Float[Tensor, "row d_model"]
     total: float
 
-    def sample(self, draws: int, rng: torch.Generator) -> Float[Tensor, "draw d_model"]:
-        """Draw vectors of mean zero with this covariance."""
-        noise = torch.randn(draws, len(self.spread), generator=rng, dtype=self.spread.dtype)
-        return noise @ self.spread / max(self.n - 1, 1) ** 0.5
+    @classmethod
+    def of(cls, rows: Float[Tensor, "row d_model"]) -> PointMoments:
+        """Exact moments of some rows, in float64."""
+        wide = rows.double()
+        mean = wide.mean(0)
+        centred = wide - mean
+        return cls(len(rows), mean, centred, float(centred.pow(2).sum()))
 
 
 @dataclass(slots=True, eq=False)
@@ -289,13 +292,6 @@ def reading(model: Model, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
         for site in sites:
             undo.callback(model.intercept(site, lambda x, site=site: keep(x, site)))
         yield held
-
-
-def chosen_rows(
-    states: Float[Tensor, "prompt token d_model"], ends: Int[Tensor, " prompt"], position: int
-) -> Float[Tensor, "prompt d_model"]:
-    """The row of each prompt at a position from its end."""
-    return states[torch.arange(len(states)), ends + position]
 
 
 def projections(

@@ -137,9 +137,10 @@ class Bench:
         }
         self.plain = {on: batched_logits(model, rows, batch_size) for on, rows in self.rows.items()}
 
-    def scores(self, on: str) -> Float[Tensor, " prompt"]:
-        """Refusal log-odds of the unedited model."""
-        return refusal_logodds(self.plain[on], self.tokens.ids)
+    def scores(self, on: str, *acts: Intervention) -> Float[Tensor, " prompt"]:
+        """Refusal log-odds under interventions; without any, those of the unedited model."""
+        logits = self.edited(on, *acts) if acts else self.plain[on]
+        return refusal_logodds(logits, self.tokens.ids)
 
     def edited(self, on: str, *acts: Intervention) -> Float[Tensor, "prompt vocab"]:
         """Logits under interventions."""
@@ -166,9 +167,9 @@ def null_bands(
     before = {on: bench.scores(on) for on in ("harmful", "harmless")}
 
     def effects(one: Direction) -> tuple[float, float, float]:
-        bypass, _ = bench.shift("harmful", Ablate(one))
+        bypass = bench.scores("harmful", Ablate(one))
         _, kl = bench.shift("harmless", Ablate(one))
-        induce, _ = bench.shift("harmless", Add(one))
+        induce = bench.scores("harmless", Add(one))
         return (
             float((bypass - before["harmful"]).mean()),
             float((induce - before["harmless"]).mean()),
@@ -310,7 +311,7 @@ def legs(
         )
     for arm in arms:
         plain = bench.scores(arm.on).numpy()
-        moved = bench.shift(arm.on, arm.act)[0].numpy()
+        moved = bench.scores(arm.on, arm.act).numpy()
         rows.append(
             {
                 "measure": "log-odds",
@@ -348,7 +349,7 @@ def dose_curve(
     for strength in strengths:
         act = Add(direction, strength)
         harmless, kl = bench.shift("harmless", act)
-        harmful, _ = bench.shift("harmful", act)
+        harmful = bench.scores("harmful", act)
         out.append(
             Dose(
                 strength=strength,
@@ -439,7 +440,7 @@ def edit_costs(
     before = bench.scores("harmful").numpy()
     out = []
     for name, act in kinds:
-        bypass, _ = bench.shift("harmful", act)
+        bypass = bench.scores("harmful", act)
         _, kl = bench.shift("harmless", act)
         out.append(
             EditCost(

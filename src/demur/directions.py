@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,11 +132,3 @@ def load_direction(path: Path, model: Model | None = None) -> tuple[Direction, d
             "load the same model, adapter, revision, dtype and system prompt, or pass --any-model",
         )
     return direction, meta
-
-
-def describe(direction: Direction) -> dict[str, Any]:
-    """Everything but the vector, for records."""
-    return {
-        **{k: v for k, v in asdict(direction).items() if k != "unit"},
-        "site": str(direction.site),
-    }

@@ -95,12 +95,7 @@ class WhitenedDifference:
             TooFewPromptsError: A class has one row or none, so it has no covariance.
         """
         _need(len(positive), len(negative), 2)
-        points = []
-        for rows in (positive.double(), negative.double()):
-            mean = rows.mean(0)
-            centred = rows - mean
-            points.append(PointMoments(len(rows), mean, centred, float(centred.pow(2).sum())))
-        return self.from_moments(*points)
+        return self.from_moments(PointMoments.of(positive), PointMoments.of(negative))
 
     def from_moments(
         self, positive: PointMoments, negative: PointMoments

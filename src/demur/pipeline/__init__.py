@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from demur.activations import collect
+from demur.activations import PointMoments, collect
 from demur.causal import (
     EDIT_KINDS,
     Bench,
@@ -29,7 +29,7 @@ from demur.directions import Direction
 from demur.estimators import estimators
 from demur.evals.judges import judges
 from demur.models import Model
-from demur.pipeline.figures import Findings, assemble, decide, point_of, stability
+from demur.pipeline.figures import Findings, assemble, decide, stability
 from demur.pipeline.folder import RunFolder, identity, open_folder, write_outputs
 from demur.pipeline.splits import make_splits, neutral_paragraphs
 from demur.pipeline.stages import (
@@ -197,7 +197,7 @@ def _test(
         with stage("what edits cost", EDIT_KINDS + 1) as advance:
             neutral = NeutralText(job.model, neutral_paragraphs())
             advance(1)
-            points = {on: point_of(rows[on]) for on in CLASSES}
+            points = {on: PointMoments.of(rows[on]) for on in CLASSES}
             return edit_costs(bench("exact"), neutral, direction, **points, progress=advance)
 
     def weight_rows() -> list[WeightEdit]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demur.activations import PointMoments, projections
+from demur.activations import projections
 from demur.causal import Replies, stable_seed
 from demur.config import RunConfig
 from demur.directions import Direction
@@ -241,14 +241,6 @@ def decide(
     else:
         headline = "No usable refusal direction was found in this model."
     return Verdict(usable=usable, headline=headline, reasons=reasons)
-
-
-def point_of(rows: Tensor) -> PointMoments:
-    """Exact moments of some rows."""
-    wide = rows.double()
-    centre = wide.mean(0)
-    centred = wide - centre
-    return PointMoments(len(rows), centre, centred, float(centred.pow(2).sum()))
 
 
 def assemble(job: Job, found: Findings) -> AuditResults:

@@ -27,7 +27,6 @@ from demur.evals.judges import Outcome
 from demur.models import Model
 from demur.pipeline.splits import Splits
 from demur.results import AuditResults, Reply, read_replies
-from demur.stats import Estimate
 from demur.store import Store, atomic_write
 
 T = TypeVar("T")
@@ -173,6 +172,7 @@ def write_outputs(
 ) -> None:
     """Write the direction, the environment and, last of all, `results.json`."""
     folder = run.folder
+    figures = results.direction.model_dump(mode="json")
     save_direction(
         chosen,
         folder / "directions.safetensors",
@@ -186,8 +186,8 @@ def write_outputs(
             "prompts": [row.model_dump() for row in results.prompts.splits],
             "metrics": {
                 "usable": results.verdict.usable,
-                "auroc": _plain(results.direction.auroc),
-                "bootstrap_cosine": _plain(results.direction.bootstrap_cosine),
+                "auroc": figures["auroc"],
+                "bootstrap_cosine": figures["bootstrap_cosine"],
             },
         },
     )
@@ -195,7 +195,3 @@ def write_outputs(
     atomic_write(folder / "environment.json", machine + "\n")
     # Last: a folder with results.json is a finished run.
     atomic_write(folder / "results.json", results.model_dump_json(indent=1) + "\n")
-
-
-def _plain(estimate: Estimate) -> dict[str, Any]:
-    return TypeAdapter(Estimate).dump_python(estimate, mode="json")

@@ -19,7 +19,7 @@ from demur.directions import Direction
 from demur.errors import ConfigError
 from demur.estimators import StreamingEstimator, candidates, estimators
 from demur.evals.judges import Exchange, Judge
-from demur.models import Model, load
+from demur.models import Model, Template, load
 from demur.pipeline.folder import ReplyFile, RunFolder
 from demur.pipeline.splits import Splits
 from demur.progress import Listener
@@ -80,11 +80,16 @@ class Job:
 
 def load_model(config: RunConfig) -> Model:
     """The model of a configuration, its thinking block closed unless that is set."""
-    settings = config.model.model_dump()
-    model = load(**settings)
-    source = str(getattr(model.template.tokenizer, "chat_template", "")) if model.template else ""
-    if settings["thinking"] is None and "enable_thinking" in source:
-        return load(**{**settings, "thinking": False})
+    model = load(**config.model.model_dump())
+    own = model.template
+    if (
+        config.model.thinking is None
+        and own
+        and "enable_thinking" in str(own.tokenizer.chat_template)
+    ):
+        model.template = Template(
+            own.tokenizer, system=own.system, thinking=False, max_length=own.max_length
+        )
     return model
 
 

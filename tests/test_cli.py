@@ -341,17 +341,32 @@ def test_the_direction_is_read_on_sets_that_it_was_not_fitted_on(audit, tmp_path
     refused(*audit, "--validate", f"{data / 'harmful.txt'} against {data / 'harmful.txt'}")
 
 
-def test_a_finished_stage_is_kept_when_the_next_is_interrupted(audit, tmp_path, monkeypatch):
+def test_a_finished_stage_is_kept_when_the_next_is_interrupted(audit, data, tmp_path, monkeypatch):
     from demur import pipeline
 
+    texts = (data / "harmful.txt").read_text(encoding="utf-8").splitlines()
+    names = ("fit", "select", "calibrate", "report")
+    rows = [{"prompt": text, "split": names[i % 4]} for i, text in enumerate(texts)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "given.jsonl").write_text(lines, encoding="utf-8")
+    # Nothing is left of a class that holds fitted prompts alone.
+    (tmp_path / "copies.txt").write_text("\n".join(texts[::4]), encoding="utf-8")
+    (tmp_path / "paints.txt").write_text("\n".join(_sentences("paint", 20, 9)), encoding="utf-8")
+    spec = f"{tmp_path / 'copies.txt'} against {tmp_path / 'paints.txt'}"
+    audit = [*audit, "--harmful", tmp_path / "given.jsonl", "--validate", spec]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "null_bands", _interrupt)
         result = run(*audit, code=130)
     assert "interrupted; the same command goes on from here" in result.stderr
-    again = run(*audit, code=1)
+    again = run(*audit, "--json", code=1)
     assert "testing candidates" not in again.stderr
+    assert "validation sets" not in again.stderr
     assert "random directions: " in again.stderr
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+    # What the finished stages had to say is said all the same.
+    found = json.loads((Path(json.loads(again.stdout)["run"]) / "results.json").read_text())
+    assert "copies against paints" not in {row["name"] for row in found["validation"]}
+    assert any("the validation set copies against paints is left" in x for x in found["notes"])
 
 
 def _interrupt(*_args, **_options):

@@ -46,8 +46,7 @@ def packaged_gates(name: str, *, tokenizers: Tokenizers | None = None) -> list[G
     prompts = load(name)
     found = gates(prompts, tokenizers=tokenizers)
     if rated := ratings(name):
-        known = {key for rater in rated for key in rater}
-        labels = {p.id: p.label for p in prompts if p.id and p.label and p.id in known}
+        labels = {p.id: p.label for p in prompts if p.id and p.label}
         found += agreement_gates(labels, rated)
     return found
 
@@ -56,11 +55,9 @@ def gate_rows(found: Sequence[Gate]) -> list[tuple[str, str, str, str, str, str]
     """Gates as cells: part, gate, value, bounds, n, verdict."""
     rows = []
     for gate in found:
-        value = f"{gate.value:.3f}" if gate.value != int(gate.value) else f"{gate.value:.0f}"
-        if gate.interval is not None:
-            value = f"{gate.value:.3f} [{gate.interval.low:.2f}, {gate.interval.high:.2f}]"
         verdict = "kept" if gate.passed else "BROKEN"
-        rows.append((gate.part, gate.name, value, gate.bounds, f"{gate.n} {gate.unit}", verdict))
+        n = f"{gate.n} {gate.unit}"
+        rows.append((gate.part, gate.name, gate.shown, gate.bounds, n, verdict))
     return rows
 
 
@@ -136,9 +133,9 @@ def card(names: Sequence[str] | None = None) -> str:
             f"{len(prompts)} rows. {_counts(prompts)}".rstrip(". ") + ".",
             f"Fingerprint `{prompts.fingerprint}`.",
         ]
-        if {prompt.label for prompt in prompts} >= set(LABELS) and name == "contrast_pairs":
-            parts += ["", "### Balance, prompts of each label", "", _balance_table(prompts)]
         if name in GATED:
+            if {prompt.label for prompt in prompts} >= set(LABELS):
+                parts += ["", "### Balance, prompts of each label", "", _balance_table(prompts)]
             head = ("part", "gate", "value", "bounds", "n", "")
             parts += ["", "### Gates", "", _markdown(head, gate_rows(packaged_gates(name)))]
     return "\n".join(parts) + "\n"

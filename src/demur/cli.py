@@ -921,15 +921,13 @@ def _token_counts(models: list[str]) -> dict[str, Callable[[str], int]]:
 
     if not models:
         return default_tokenizers()
-    from demur.models import load
+    from demur.models import load_tokenizer
 
     counts: dict[str, Callable[[str], int]] = {}
     for name in models:
-        template = load(name, adapter=None).template
-        if template is None:
-            raise ConfigError(f"{name} has no tokenizer", "name another model")
+        tokenizer = load_tokenizer(name)
 
-        def count(text: str, tokenizer: Any = template.tokenizer) -> int:
+        def count(text: str, tokenizer: Any = tokenizer) -> int:
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         counts[name] = count
@@ -976,6 +974,7 @@ def _prompt_check(
                 "part": gate.part,
                 "gate": gate.name,
                 "value": gate.value,
+                "shown": gate.shown,
                 "low": gate.low,
                 "high": gate.high,
                 "bounds": gate.bounds,
@@ -1009,13 +1008,9 @@ def _show_prompt_check(row: dict[str, Any]) -> None:
         return
     table = _table("part", "gate", "value", "bounds", "n", "")
     for gate in row["gates"]:
-        value = f"{gate['value']:.3g}"
-        if gate["interval"]:
-            low, high = gate["interval"]
-            value = f"{gate['value']:.2f} [{low:.2f}, {high:.2f}]"
         verdict = "ok" if gate["passed"] else "leaks"
         n = f"{gate['n']} {gate['unit']}"
-        table.add_row(gate["part"], gate["gate"], value, gate["bounds"], n, verdict)
+        table.add_row(gate["part"], gate["gate"], gate["shown"], gate["bounds"], n, verdict)
     _console().print(table)
     for gate in row["gates"]:
         if not gate["passed"] and gate["found"]:

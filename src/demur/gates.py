@@ -80,6 +80,13 @@ class Gate:
         return above and (self.high is None or self.value <= self.high + 1e-12)
 
     @property
+    def shown(self) -> str:
+        """The value as a reader sees it, with its interval if it has one."""
+        if self.interval is not None:
+            return f"{self.value:.3f} [{self.interval.low:.2f}, {self.interval.high:.2f}]"
+        return f"{self.value:.0f}" if self.value == int(self.value) else f"{self.value:.3f}"
+
+    @property
     def bounds(self) -> str:
         """The bounds in words: "0.40 to 0.60", "at most 0.65"."""
 
@@ -102,17 +109,19 @@ class Pair:
     harmless: Prompt
 
 
+def _pair_rows(prompts: PromptSet) -> list[tuple[int, int]]:
+    """Where the harmful and the harmless side of each complete pair stand."""
+    sides: dict[str, dict[str, int]] = defaultdict(dict)
+    for row, prompt in enumerate(prompts):
+        if prompt.pair and prompt.label in LABELS:
+            sides[prompt.pair].setdefault(prompt.label, row)
+    return [(at["harmful"], at["harmless"]) for at in sides.values() if len(at) == len(LABELS)]
+
+
 def pairs_of(prompts: PromptSet) -> list[Pair]:
     """The complete pairs of a set, in order of first appearance."""
-    sides: dict[str, dict[str, Prompt]] = defaultdict(dict)
-    for prompt in prompts:
-        if prompt.pair and prompt.label in LABELS:
-            sides[prompt.pair].setdefault(prompt.label, prompt)
-    return [
-        Pair(pair["harmful"], pair["harmless"])
-        for pair in sides.values()
-        if len(pair) == len(LABELS)
-    ]
+    rows = prompts.prompts
+    return [Pair(rows[above], rows[below]) for above, below in _pair_rows(prompts)]
 
 
 def tokens(text: str) -> list[str]:
@@ -135,18 +144,21 @@ def final_mark(text: str) -> str:
 # Word classifiers -----------------------------------------------------------------------------
 
 
-def _vectorizers() -> dict[str, Callable[[], object]]:
+_CLASSIFIERS = ("bag of words", "TF-IDF", "character 3 to 5-grams")
+
+
+def _features(texts: Sequence[str], kind: str) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
-    return {
-        "bag of words": lambda: CountVectorizer(lowercase=True, token_pattern=r"\b\w+\b"),
-        "TF-IDF": lambda: TfidfVectorizer(
-            lowercase=True, token_pattern=r"\b\w+\b", ngram_range=(1, 2), sublinear_tf=True
-        ),
-        "character 3 to 5-grams": lambda: TfidfVectorizer(
-            analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True
-        ),
-    }
+    words: dict[str, Any] = {"lowercase": True, "token_pattern": r"\b\w+\b"}
+    if kind == "bag of words":
+        vectorizer = CountVectorizer(**words)
+    elif kind == "TF-IDF":
+        vectorizer = TfidfVectorizer(**words, ngram_range=(1, 2), sublinear_tf=True)
+    else:
+        vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    # The vocabulary is made on all prompts: it knows no labels.
+    return vectorizer.fit_transform(texts)
 
 
 def _out_of_fold(
@@ -182,21 +194,14 @@ def _mean_auroc(scores: np.ndarray, labels: np.ndarray) -> Estimate:
     return Estimate(value, low, high, len(labels), f"{middle.method}, mean of {len(runs)} foldings")
 
 
-def _pair_accuracy(scores: np.ndarray, prompts: Sequence[Prompt]) -> tuple[float, int]:
+def _pair_accuracy(scores: np.ndarray, pairs: Sequence[tuple[int, int]]) -> float:
     """Share of pairs whose harmful side scores higher; a tie counts one half."""
-    where: dict[str, dict[str, int]] = defaultdict(dict)
-    for i, prompt in enumerate(prompts):
-        if prompt.pair and prompt.label:
-            where[prompt.pair][prompt.label] = i
-    whole = [(at["harmful"], at["harmless"]) for at in where.values() if len(at) == len(LABELS)]
-    if not whole:
-        return float("nan"), 0
-    above, below = np.array(whole).T
+    above, below = np.array(pairs).T
     gaps = scores[:, above] - scores[:, below]
-    return float(((gaps > 0) + 0.5 * (gaps == 0)).mean()), len(whole)
+    return float(((gaps > 0) + 0.5 * (gaps == 0)).mean())
 
 
-WORD_STEPS = 3 * SEEDS
+WORD_STEPS = len(_CLASSIFIERS) * SEEDS
 _WORD_BOUNDS = {"crossed": (0.40, 0.60), "near": (0.35, 0.65), "all": (0.38, 0.62)}
 
 
@@ -209,18 +214,19 @@ def word_gates(prompts: PromptSet, part: str, *, progress: Progress | None = Non
     labels = np.array([int(prompt.label == "harmful") for prompt in prompts])
     groups = np.array(families(prompts))
     low, high = _WORD_BOUNDS[part]
+    pairs = _pair_rows(prompts) if part == "crossed" else []
     gates = []
-    for name, make in _vectorizers().items():
-        # The vocabulary is made on all prompts: it knows no labels.
-        features = make().fit_transform(prompts.texts)  # pyright: ignore[reportAttributeAccessIssue]
-        scores = _out_of_fold(features, labels, groups, progress)
+    for name in _CLASSIFIERS:
+        scores = _out_of_fold(_features(prompts.texts, name), labels, groups, progress)
         area = _mean_auroc(scores, labels)
         gates.append(
             Gate(f"AUROC, {name}", part, area.value, low, high, len(labels), interval=area)
         )
-        share, n = _pair_accuracy(scores, prompts.prompts)
-        if n and part == "crossed":
-            gates.append(Gate(f"pair accuracy, {name}", part, share, low, high, n, "pairs"))
+        if pairs:
+            share = _pair_accuracy(scores, pairs)
+            gates.append(
+                Gate(f"pair accuracy, {name}", part, share, low, high, len(pairs), "pairs")
+            )
     return gates
 
 
@@ -330,7 +336,7 @@ def form_gates(prompts: PromptSet, part: str, tokenizers: Tokenizers) -> list[Ga
     ]
     changed = [(words_changed(pair.harmful.text, pair.harmless.text), pair) for pair in pairs]
     most = 2 if part == "crossed" else 4
-    far = tuple(f"{n}: {pair.harmful.text}" for n, pair in changed if n > most)[:_SHOWN]
+    far = tuple(f"{many}: {pair.harmful.text}" for many, pair in changed if many > most)[:_SHOWN]
     counts = [count for count, _ in changed]
     middle, largest, total = float(median(counts)), float(max(counts)), len(pairs)
     gates.append(Gate("words changed, median", part, middle, 0, 2, total, "pairs"))
@@ -365,10 +371,11 @@ def likeness_gates(prompts: PromptSet, others: Iterable[PromptSet]) -> list[Gate
     gates = [
         Gate("near copies inside", "all", len(inside), None, 0, len(prompts), found=lines(inside))
     ]
+    own = [(text, _ngrams(text)) for text in prompts.texts]
     for other in others:
         near = overlap(prompts, other, threshold=0.6)
         theirs = set().union(*(_ngrams(text) for text in other.texts)) if len(other) else set()
-        shared = [(text, _ngrams(text) & theirs) for text in prompts.texts]
+        shared = [(text, grams & theirs) for text, grams in own]
         hits = [f"'{' '.join(min(grams))}': {text}" for text, grams in shared if grams]
         name = other.name
         gates += [

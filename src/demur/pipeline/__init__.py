@@ -123,8 +123,8 @@ def audit(
     run = RunFolder(folder)
     atomic_write(folder / "config.toml", as_toml(config))
     job = Job(config, run, model, fast_copy(model, config), splits, judge, listener)
-    read = [side for given in further for side in given.values()]
-    job.notes += dict.fromkeys([*splits.licences, *licences_of(read)])
+    sets = (splits.harmful, splits.harmless, *further)
+    job.notes += licences_of(part for parts in sets for part in parts.values())
     if model.template is not None and model.template.kind == "plain":
         job.notes.append(
             "the tokenizer has no chat template: prompts were laid out as `User: ... Assistant:`"

@@ -146,7 +146,10 @@ def word_baselines(
 def validate(
     job: Job, direction: Direction, fit: dict[str, list[str]], sets: ValidationPrompts
 ) -> list[Validation]:
-    """Read the direction on the validation sets, near copies of fitted prompts left out."""
+    """Read the direction on the validation sets, near copies of fitted prompts left out.
+
+    A set of which that leaves a class empty has no row.
+    """
     fitted = PromptSet.of([text for texts in fit.values() for text in texts])
     unit = direction.unit.expand(1, 1, -1)
     found = []
@@ -155,10 +158,6 @@ def validate(
             sides = {on: drop_overlaps(fitted, given[on])[0] for on in CLASSES}
             removed = sum(len(given[on]) - len(sides[on]) for on in CLASSES)
             if not all(len(side) for side in sides.values()):
-                job.notes.append(
-                    f"the validation set {asked.name} is left out: all prompts of a class are near "
-                    "copies of prompts that the direction was fitted on"
-                )
                 advance(1)
                 continue
             scores = {
@@ -171,8 +170,6 @@ def validate(
                 )[0, 0]
                 for on, side in sides.items()
             }
-            both = torch.cat([scores["harmful"], scores["harmless"]]).numpy()
-            labels = [1] * len(sides["harmful"]) + [0] * len(sides["harmless"])
             found.append(
                 Validation(
                     name=asked.name,
@@ -180,7 +177,7 @@ def validate(
                     harmless_source=source_name(asked.harmless),
                     n_harmful=len(sides["harmful"]),
                     n_harmless=len(sides["harmless"]),
-                    auroc=auroc(both, labels),
+                    auroc=_separation(scores["harmful"], scores["harmless"]),
                     pair_accuracy=_pair_accuracy(sides, scores),
                     words=word_baselines(fit, sides["harmful"].texts, sides["harmless"].texts),
                     overlaps_removed=removed,
@@ -188,6 +185,11 @@ def validate(
             )
             advance(1)
     return found
+
+
+def _separation(harmful: Tensor, harmless: Tensor) -> Estimate:
+    """AUROC of harmful against harmless coordinates."""
+    return auroc(torch.cat([harmful, harmless]).numpy(), [1] * len(harmful) + [0] * len(harmless))
 
 
 def _pair_accuracy(sides: dict[str, PromptSet], scores: dict[str, Tensor]) -> Estimate | None:
@@ -332,8 +334,6 @@ def assemble(job: Job, found: Findings) -> AuditResults:
         for on, texts in report.items()
     }
     own = shown.index(chosen.position)
-    scores = torch.cat([coordinates["harmful"][own], coordinates["harmless"][own]]).numpy()
-    labels = [1] * len(report["harmful"]) + [0] * len(report["harmless"])
     roles: dict[int, Literal["t_inst", "post"]] = {
         p.index: p.role for p in model.template.positions
     }
@@ -353,6 +353,13 @@ def assemble(job: Job, found: Findings) -> AuditResults:
             f"{missing} points of the stream are no candidates, because the classes do not differ "
             "there (at block 0, a template token's activation is the same for every prompt)"
         )
+    read = {row.name for row in found.validation}
+    job.notes += [
+        f"the validation set {asked.name} is left out: all prompts of a class are near copies of "
+        "prompts that the direction was fitted on"
+        for asked in config.data.validation
+        if asked.name not in read
+    ]
     verdict = decide(found.table, found.bands, found.edits[0], least_bad=selection.least_bad)
     n = {on: len(texts) for on, texts in report.items()}
     return AuditResults(
@@ -432,7 +439,7 @@ def assemble(job: Job, found: Findings) -> AuditResults:
             relative_norm=reading.relative_norm,
             bootstrap_cosine=found.stable,
             split_half_cosine=found.halves,
-            auroc=auroc(scores, labels),
+            auroc=_separation(coordinates["harmful"][own], coordinates["harmless"][own]),
         ),
         legs=found.table,
         nulls=found.bands,

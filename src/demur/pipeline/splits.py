@@ -20,17 +20,12 @@ ValidationPrompts = list[dict[str, PromptSet]]
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Both classes in four splits that share no prompt, nor nearly one.
-
-    Attributes:
-        licences: Of prompts that did not come with demur, a line for each set.
-    """
+    """Both classes in four splits that share no prompt, nor nearly one."""
 
     harmful: dict[str, PromptSet]
     harmless: dict[str, PromptSet]
     duplicates_removed: int
     overlaps_removed: int
-    licences: tuple[str, ...] = ()
 
 
 def make_splits(config: RunConfig) -> Splits:
@@ -43,7 +38,6 @@ def make_splits(config: RunConfig) -> Splits:
     """
     sizes = {name: getattr(config.data, name) for name in SPLITS}
     sets = {on: load_prompts(getattr(config.data, on)) for on in ("harmful", "harmless")}
-    licences = licences_of(sets.values())
     duplicates = 0
     for on, prompts in sets.items():
         sets[on], removed = deduplicate(prompts)
@@ -72,7 +66,7 @@ def make_splits(config: RunConfig) -> Splits:
             parts[on] = {name: kept[name] for name in SPLITS}
         else:
             parts[on] = split(prompts, _scaled(sizes, len(prompts)), seed=config.seed)
-    return Splits(parts["harmful"], parts["harmless"], duplicates, overlaps, licences)
+    return Splits(parts["harmful"], parts["harmless"], duplicates, overlaps)
 
 
 def licences_of(sets: Iterable[PromptSet]) -> tuple[str, ...]:

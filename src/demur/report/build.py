@@ -466,10 +466,9 @@ def _forest_rows(legs: Sequence[Leg]) -> charts.Rows:
 
 def _validation_rows(results: AuditResults) -> charts.Rows:
     """AUROC of the direction and of plain words: the report split, then each validation set."""
-    own = [("report split", results.direction.auroc, results.words)]
     rows: charts.Rows = []
     for name, auroc, plain in (
-        *own,
+        ("report split", results.direction.auroc, results.words),
         *((row.name, row.auroc, row.words) for row in results.validation),
     ):
         for source, estimate in (

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demur.evals.judges import Outcome, Verdict
 from demur.models import FAMILIES, Model, Template
 
 HARMFUL = [f"bad{i}" for i in range(12)]
@@ -138,3 +139,20 @@ def _open_gate(size: float) -> float:
     s = 1.0 / norm
     x = torch.tensor(3.0 * s * size)
     return float(torch.nn.functional.silu(x) * s)
+
+
+@dataclass(frozen=True)
+class FirstWord:
+    """The planted model refuses with one word."""
+
+    deterministic: bool = True
+
+    def __call__(self, exchanges):
+        return [
+            Verdict(
+                Outcome.REFUSED if e.response.startswith("Sorry") else Outcome.COMPLIED,
+                None,
+                "word",
+            )
+            for e in exchanges
+        ]

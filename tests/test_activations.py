@@ -5,6 +5,7 @@ from tests.planted import planted, prompts
 from demur.activations import collect, moments, projections, reading
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
+from demur.estimators import DifferenceOfMeans, WhitenedDifference
 from demur.interventions import Ablate, applied
 from demur.sites import Site
 
@@ -101,3 +102,16 @@ def test_positions_may_reach_into_the_shared_template(toy, texts):
     torch.testing.assert_close(found[0], streams[site][0, -5])
     with pytest.raises(TooFewPromptsError, match="shorter"):
         collect(toy.model, texts, sites=[site], positions=[-50])
+
+
+def test_means_alone_are_the_means_of_the_moments(toy, texts):
+    points = {"sites": toy.model.stream_sites[:3], "positions": (-1, -3)}
+    whole = moments(toy.model, texts, **points)
+    means = moments(toy.model, texts, rank=0, batch_size=4, **points)
+    torch.testing.assert_close(means.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(means.total, whole.total, rtol=1e-5, atol=1e-5)
+    here, there = (one.at(Site(1, "resid_pre"), -3) for one in (means, whole))
+    assert len(here.spread) == 0
+    assert DifferenceOfMeans().from_moments(here, there).norm() < 1e-5
+    with pytest.raises(TooFewPromptsError, match="means without covariance"):
+        WhitenedDifference().from_moments(here, there)

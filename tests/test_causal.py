@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.planted import PLANTED_LAYER, planted, prompts
+from tests.planted import PLANTED_LAYER, FirstWord, planted, prompts
 
 from demur.activations import PointMoments, collect
 from demur.causal import (
@@ -22,7 +22,6 @@ from demur.causal import (
 )
 from demur.directions import Direction
 from demur.estimators import DifferenceOfMeans
-from demur.evals.judges import Outcome, Verdict
 from demur.interventions import Ablate
 from demur.pipeline import decide
 from demur.results import EditCost
@@ -36,23 +35,6 @@ def one(value):
 
 
 CHEAP = EditCost(edit="ablate", bypass_change=one(-3.0), kl=one(0.01), perplexity_ratio=one(1.0))
-
-
-@dataclass(frozen=True)
-class FirstWord:
-    """The planted model refuses with one word."""
-
-    deterministic: bool = True
-
-    def __call__(self, exchanges):
-        return [
-            Verdict(
-                Outcome.REFUSED if e.response.startswith("Sorry") else Outcome.COMPLIED,
-                None,
-                "word",
-            )
-            for e in exchanges
-        ]
 
 
 @dataclass(frozen=True)

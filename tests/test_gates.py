@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from demur import prompts
-from demur.card import GATED, about, card, packaged_gates, ratings
+from demur.card import GATED, about, card, packaged_gates, ratings, refusal_order
+from demur.errors import TooFewPromptsError
 from demur.gates import (
     EXCLUDED,
     MAX_CHARACTERS,
@@ -18,6 +19,7 @@ from demur.gates import (
     form_gates,
     gates,
     likeness_gates,
+    order_gate,
     pairs_of,
     rule_gates,
     telling_words,
@@ -219,7 +221,36 @@ def test_cues_change_sides_in_every_quad():
     assert all(cues[0] == cues[1][::-1] for cues in quads.values())
     used = Counter(tuple(sorted(cues[0])) for cues in quads.values())
     assert len(used) >= 40
-    assert max(used.values()) <= 6
+    assert max(used.values()) <= 5
+
+
+def test_a_model_that_refuses_the_wrong_side_breaks_the_order():
+    texts = plain_texts(40)
+    rows = two_classes(texts[:20], texts[20:], kind="near")
+    right = [float(row.label == "harmful") for row in rows]
+    kept = order_gate(rows, "near", right, "m")
+    assert (kept.value, kept.n, kept.passed) == (1.0, 20, True)
+    assert kept.interval is not None
+    assert 0.8 < kept.interval.low < 1
+    broken = order_gate(rows, "near", [1 - score for score in right], "m")
+    assert broken.value == 0
+    assert not broken.passed
+    assert broken.found[0] == texts[0]
+    assert order_gate(rows, "all", [0.0] * 40, "m").value == 0.5
+    with pytest.raises(TooFewPromptsError, match="has no pair"):
+        order_gate(rows, "crossed", right, "m")
+
+
+def test_recorded_refusals_are_of_the_prompts_that_ship():
+    prompts = load("contrast_pairs")
+    path = files("demur") / "data" / "ratings" / "contrast_pairs.refusals.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [prompt.id for prompt in prompts]
+    found = refusal_order("contrast_pairs")
+    assert {gate.part for gate in found} == {"crossed", "near"}
+    assert {gate.n for gate in found} == {150, 352}
+    assert len(found) == 2 * (len(rows[0]) - 1)
+    assert refusal_order("plain") == []
 
 
 def test_rated_labels_cover_the_contrast_set():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.planted import PLANTED_LAYER, planted, prompts
+from tests.planted import PLANTED_LAYER, FirstWord, planted, prompts
 
 from demur.activations import moments
 from demur.errors import TooFewPromptsError
@@ -11,9 +11,14 @@ from demur.selection import (
     Criteria,
     RefusalTokens,
     Scores,
+    _Course,
+    _Plan,
+    _Scorer,
+    evaluations,
     kl_divergence,
     learn_refusal_tokens,
     refusal_logodds,
+    refusal_scores,
     relaxations,
     select,
 )
@@ -105,6 +110,71 @@ def test_a_screen_chooses_as_the_exact_pass_does(toy, pool):
     )
 
 
+def test_a_screen_on_a_few_prompts_chooses_as_the_exact_pass_does(toy, pool):
+    criteria = Criteria(last_layers_skipped=0.0)
+    exact = run(toy, pool, criteria=criteria)
+    assert exact.screen is None
+    for quick in (None, toy.model.twin(torch.float32)):
+        steps = []
+        found = run(
+            toy,
+            pool,
+            criteria=criteria,
+            finalists=2,
+            screen=quick,
+            screen_prompts=6,
+            progress=steps.append,
+        )
+        assert found.chosen == exact.chosen
+        torch.testing.assert_close(
+            found.rows[found.chosen].bypass, exact.rows[exact.chosen].bypass, rtol=0, atol=1e-6
+        )
+        screen = found.screen
+        assert (screen.prompts, screen.promoted, screen.sample) == (6, 4, 2)
+        assert sum(steps) == evaluations(len(pool), 2, few=True, faster=quick is not None)
+        asked = [int((~row.bypass.isnan()).sum()) for row in found.rows]
+        assert set(asked) == {6, 24}
+        assert [row.exact for row in found.rows].count(True) == (6 if quick is None else 4)
+        # Few prompts, not others: what was asked is what the exact pass says of the same prompts.
+        for few, whole in zip(found.rows, exact.rows, strict=True):
+            same = ~few.bypass.isnan()
+            torch.testing.assert_close(few.bypass[same], whole.bypass[same], rtol=1e-5, atol=1e-5)
+
+
+class Given(_Scorer):
+    """Scores that were made up: bypass by candidate, everything else equal."""
+
+    def __init__(self, pool, bypass):
+        self.table = dict(zip(map(id, pool), bypass, strict=True))
+
+    def __call__(self, direction, *, exact):
+        one = torch.full((2,), self.table[id(direction)], dtype=torch.float64)
+        return Scores(direction, one, one * 0 + 1, one * 0, exact)
+
+
+def course(pool, exact):
+    return _Course(pool, Given(pool, exact), lambda row: (False, 0, row.means[0]), None)
+
+
+def test_a_candidate_that_could_still_win_is_measured_exactly(pool):
+    some = pool[:8]
+    # The screen is wrong by 2 for the first finalist; the third could gain as much, the fourth not.
+    screened = [-10.0, -9.0, -8.5, -5.0, -1.0, -1.0, -1.0, -1.0]
+    exact = [-8.0, -7.5, -9.5, -6.0, -1.0, -1.0, -1.0, -20.0]
+    plan = _Plan(8, few=True, faster=True, promoted=4, finalists=2, sample=4)
+    quick = Given(some, screened)
+    run = course(some, exact)
+    found = run.screened(plan, lambda _: quick, ([0], [0]), torch.Generator().manual_seed(0))
+    measured = [row.exact for row in run.rows]
+    assert measured[:3] == [True, True, True]
+    assert run.best(range(4)) == 2
+    # Everyone that was left is in the sample: one of them is better than what was chosen.
+    assert found.sample == 4
+    assert found.missed == int(measured[7])
+    assert sum(measured) == 7
+    assert run.best(range(8)) == (7 if measured[7] else 2)
+
+
 def test_no_candidates_is_an_error(toy):
     with pytest.raises(TooFewPromptsError):
         run(toy, [])
@@ -169,3 +239,24 @@ def test_relaxations_by_hand(toy, pool):
     assert relaxations(row(0.15, 3.0), criteria) == 1  # 0.2 would do.
     assert relaxations(row(0.3, 3.0), criteria) == 2  # 0.4 would do.
     assert relaxations(row(0.15, -1.5), criteria) == 2  # -2 would do.
+
+
+def test_refusal_scores_order_prompts_by_what_the_model_would_refuse(toy):
+    sides = [prompts(30, harmful=h, seed=5 + h) for h in (True, False)]
+
+    done = []
+    both = [*sides[0], *sides[1]]
+    scores = refusal_scores(
+        toy.model,
+        both,
+        FirstWord(),
+        replies=40,
+        max_new_tokens=2,
+        batch_size=16,
+        progress=done.append,
+    )
+    assert sum(done) == 60 + 40
+    assert float(scores[:30].min()) > float(scores[30:].max())
+    alone = refusal_scores(toy.model, both[:7], FirstWord(), replies=7, max_new_tokens=2)
+    assert scores.shape == (60,)
+    assert alone.shape == (7,)

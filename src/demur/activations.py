@@ -1,7 +1,8 @@
 """Reading the stream: rows of activations, or their moments with memory that does not grow.
 
 One pass over the prompts reads all sites and positions. The vocabulary head is not run, only the
-wanted rows are copied, and the template prefix that all prompts share is computed once per batch.
+wanted rows are copied, the template prefix that all prompts share is computed once, and blocks
+behind the last site that is read are not computed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class PointMoments:
         n: Prompts.
         mean: float64.
         spread: Rows whose Gram matrix is the scatter matrix, sum of (x - mean)(x - mean)^T; exact
-            up to the sketch's rank, then its best-known low-rank part.
+            up to the sketch's rank, then its best-known low-rank part. No rows at rank 0.
         total: Trace of the scatter matrix, exact.
     """
 
@@ -77,7 +78,7 @@ class Moments:
     Attributes:
         sites: The tensors read.
         positions: Token indices from the end of the prompt.
-        rank: Rows of the sketch that survive a compression.
+        rank: Rows of the sketch that survive a compression; 0 keeps no covariance, only its trace.
 
     References:
         Chan, Golub, LeVeque 1979; Ghashami, Liberty, Phillips, Woodruff 2016 (Frequent Directions).
@@ -109,6 +110,8 @@ class Moments:
             self.mean = self.mean + shift * (m / (self.n + m))
         self.n += m
         self.total += rows.pow(2).sum((2, 3))
+        if self.rank == 0:
+            return
         self.spread = torch.cat([self.spread, rows.float()], 2)
         if self.spread.shape[2] > 2 * self.rank:
             self._compress()
@@ -160,13 +163,13 @@ def _read(
     *,
     sites: Sequence[Site],
     positions: Sequence[int],
-    batch_size: int,
+    batch_size: int | None,
     progress: Progress | None,
     take: Callable[[list[int], Tensor], None],
 ) -> None:
     """Hand (indices of prompts, values of shape site, position, prompt, d_model) to `take`."""
     whole = model.encode(prompts)
-    order = torch.argsort(whole.ends, stable=True).tolist()
+    passes = whole.passes(tokens=model.tokens_per_pass, rows=batch_size)
     held: dict[Site, Tensor] = {}
 
     def keep(x: Tensor, site: Site) -> Tensor:
@@ -184,13 +187,13 @@ def _read(
         return x
 
     with ExitStack() as undo:
+        undo.enter_context(model.prefix_kept())
         if min(positions) < -int((whole.ends - whole.shared).min()):
             undo.enter_context(model.whole_rows())  # It reaches into the shared prefix.
         for site in sites:
             undo.callback(model.intercept(site, lambda x, site=site: keep(x, site)))
-        for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            model.final_states(whole.rows(index))
+        for index in passes:
+            model.read(whole.rows(index))
             values = torch.stack([held[site] for site in sites])
             finite = torch.isfinite(values).all(3).all(1).all(0)
             if not bool(finite.all()):
@@ -211,7 +214,7 @@ def collect(
     *,
     sites: Sequence[Site],
     positions: Sequence[int],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Activations:
     """Read one vector per site, position and prompt; memory grows with the number of prompts.
@@ -221,7 +224,8 @@ def collect(
         prompts: User messages.
         sites: Tensors to read.
         positions: Token indices from the end of the prompt, -1 the last.
-        batch_size: Prompts of like length are run together; results do not depend on it.
+        batch_size: Most prompts that are run together, like lengths first; None is as many as the
+            device is best given. Results do not depend on it.
         progress: Called with the number of prompts done since the last call.
 
     Raises:
@@ -253,13 +257,13 @@ def moments(
     sites: Sequence[Site],
     positions: Sequence[int],
     rank: int = 64,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Moments:
     """Read mean and covariance per site and position in one pass, with memory independent of n.
 
     Arguments and errors are those of `collect`; `rank` is the size of the covariance sketch, exact
-    for up to `2 * rank` prompts.
+    for up to `2 * rank` prompts. At rank 0 only means are read, which is faster.
     """
     running = Moments(tuple(sites), tuple(positions), rank)
     _read(
@@ -301,7 +305,7 @@ def projections(
     sites: Sequence[Site],
     positions: Sequence[int],
     units: Float[Tensor, "site position d_model"],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "site position prompt"]:
     """Project every site and position on a vector of its own, keeping nothing but the numbers.

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from demur.errors import UnknownNameError
-from demur.gates import LABELS, Gate, Tokenizers, agreement_gates, balance, gates
+from demur.gates import (
+    LABELS,
+    Gate,
+    Tokenizers,
+    agreement_gates,
+    balance,
+    gates,
+    order_gate,
+    parts_of,
+)
 from demur.prompts import PromptSet, load, packaged
 
 GATED = ("contrast_pairs", "lookalikes", "plain", "open_ended")
@@ -33,6 +42,22 @@ def ratings(name: str) -> list[dict[str, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     raters = [key for key in rows[0] if key != "id"]
     return [{row["id"]: row[rater] for row in rows} for rater in raters]
+
+
+def refusal_order(name: str) -> list[Gate]:
+    """Which side of a packaged set's pairs models would rather refuse, as it was recorded."""
+    path = files("demur") / "data" / "ratings" / f"{name}.refusals.jsonl"
+    if not path.is_file():
+        return []
+    prompts = load(name)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    by_id = {row["id"]: row for row in rows}
+    return [
+        order_gate(prompts, part, [by_id[prompt.id][model] for prompt in prompts], model)
+        for model in rows[0]
+        if model != "id"
+        for part in parts_of(prompts)[:-1]
+    ]
 
 
 def packaged_gates(name: str, *, tokenizers: Tokenizers | None = None) -> list[Gate]:
@@ -109,6 +134,13 @@ _HEAD = (
 )
 
 
+_ORDER = (
+    "Refusal log-odds of a pair's two sides by models that refuse. Selecting pairs by them would "
+    "bake these models into the set: a pair that one of them orders wrongly stays. A set of your "
+    "own gets the same row by `demur prompts check SET --refused-by MODEL`."
+)
+
+
 def card(names: Sequence[str] | None = None) -> str:
     """The data card of packaged sets in Markdown, computed from the data.
 
@@ -133,9 +165,12 @@ def card(names: Sequence[str] | None = None) -> str:
             f"{len(prompts)} rows. {_counts(prompts)}".rstrip(". ") + ".",
             f"Fingerprint `{prompts.fingerprint}`.",
         ]
+        head = ("part", "gate", "value", "bounds", "n", "")
         if name in GATED:
             if {prompt.label for prompt in prompts} >= set(LABELS):
                 parts += ["", "### Balance, prompts of each label", "", _balance_table(prompts)]
-            head = ("part", "gate", "value", "bounds", "n", "")
             parts += ["", "### Gates", "", _markdown(head, gate_rows(packaged_gates(name)))]
+        if order := refusal_order(name):
+            parts += ["", "### Recorded, and nothing selected by it", "", _ORDER, ""]
+            parts.append(_markdown(head, gate_rows(order)))
     return "\n".join(parts) + "\n"

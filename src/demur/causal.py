@@ -18,10 +18,10 @@ from demur.errors import DemurError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
 from demur.evals.judges import Exchange, Judge, Outcome
 from demur.interventions import Ablate, Add, Intervention, ObliqueErase, ProjectToMean, applied
-from demur.models import Model, TokenBatch
+from demur.models import Model
 from demur.progress import Progress
 from demur.results import Dose, EditCost, Leg, NullBand, Reply, WeightEdit
-from demur.selection import RefusalTokens, batched_logits, kl_divergence, refusal_logodds
+from demur.selection import Passes, RefusalTokens, batched_logits, kl_divergence, refusal_logodds
 from demur.stats import (
     Estimate,
     holm,
@@ -128,14 +128,15 @@ class Bench:
         harmful: Sequence[str],
         harmless: Sequence[str],
         tokens: RefusalTokens,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> None:
-        self.model, self.tokens, self.batch_size = model, tokens, batch_size
+        self.model, self.tokens = model, tokens
         self.prompts = {"harmful": list(harmful), "harmless": list(harmless)}
-        self.rows: dict[str, TokenBatch] = {
-            on: model.encode(prompts) for on, prompts in self.prompts.items()
+        self.rows = {
+            on: Passes(model, model.encode(prompts), batch_size, remember=True)
+            for on, prompts in self.prompts.items()
         }
-        self.plain = {on: batched_logits(model, rows, batch_size) for on, rows in self.rows.items()}
+        self.plain = {on: rows.logits() for on, rows in self.rows.items()}
 
     def scores(self, on: str, *acts: Intervention) -> Float[Tensor, " prompt"]:
         """Refusal log-odds under interventions; without any, those of the unedited model."""
@@ -145,7 +146,7 @@ class Bench:
     def edited(self, on: str, *acts: Intervention) -> Float[Tensor, "prompt vocab"]:
         """Logits under interventions."""
         with applied(self.model, *acts):
-            return batched_logits(self.model, self.rows[on], self.batch_size)
+            return self.rows[on].logits()
 
     def shift(self, on: str, *acts: Intervention) -> tuple[Tensor, Tensor]:
         """Refusal log-odds under interventions, and KL from the unedited model, per prompt."""
@@ -461,11 +462,11 @@ def weight_edit(model: Model, direction: Direction, prompts: Sequence[str]) -> W
         return WeightEdit(exact=False, reason=reason, max_logit_difference=None, effect=None)
     rows = model.encode(prompts)
     act = Ablate(direction)
-    plain = batched_logits(model, rows, 32)
+    plain = batched_logits(model, rows)
     with applied(model, act):
-        hooked = batched_logits(model, rows, 32)
+        hooked = batched_logits(model, rows)
     try:
-        folded = batched_logits(edited(model, as_delta(model, act)), rows, 32)
+        folded = batched_logits(edited(model, as_delta(model, act)), rows)
     except DemurError as error:
         return WeightEdit(exact=False, reason=error.fact, max_logit_difference=None, effect=None)
     return WeightEdit(

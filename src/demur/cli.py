@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from demur.config import ModelSettings, RunConfig
     from demur.directions import Direction
+    from demur.gates import Gate
     from demur.interventions import Intervention
     from demur.models import CheckReport, Model
     from demur.organisms import Recipe, Verification
@@ -871,6 +872,13 @@ def prompts_check(
         list[str] | None,
         typer.Option(metavar="MODEL", help="Count lengths in this model's tokens; repeatable."),
     ] = None,
+    refused_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Also ask this model which side of each pair it would rather refuse; repeatable.",
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """List bad lines, duplicates, and what plain words tell about the labels.
@@ -889,9 +897,8 @@ def prompts_check(
     others = [load(name) for name in against or []]
     if contrast:
         a, b = (load(name, column=column) for name in files)
-        rows = [
-            _prompt_check(f"{files[0]} against {files[1]}", _labelled(a, b), others, tokenizers)
-        ]
+        name = f"{files[0]} against {files[1]}"
+        rows = [_prompt_check(name, _labelled(a, b), others, tokenizers, refused_by or [])]
     else:
         rows = []
         for name in files:
@@ -902,7 +909,7 @@ def prompts_check(
                     raise
                 rows.append({"file": name, "prompts": 0, "error": error.fact, "hint": error.hint})
                 continue
-            rows.append(_prompt_check(name, prompts, others, tokenizers))
+            rows.append(_prompt_check(name, prompts, others, tokenizers, refused_by or []))
     if as_json:
         _print_json(rows)
     else:
@@ -947,6 +954,7 @@ def _prompt_check(
     prompts: PromptSet,
     others: list[PromptSet],
     tokenizers: dict[str, Callable[[str], int]],
+    models: list[str],
 ) -> dict[str, Any]:
     from collections import Counter
 
@@ -963,6 +971,8 @@ def _prompt_check(
         steps = WORD_STEPS * len(parts_of(prompts)) if both else 1
         with _listening(quiet=False) as listener, listener.stage(f"gates of {name}", steps) as step:
             found = gates(prompts, others=others, tokenizers=tokenizers, progress=step)
+    for model in models:
+        found += _refusal_order(prompts, model)
     return {
         "file": name,
         "prompts": len(prompts),
@@ -987,6 +997,32 @@ def _prompt_check(
             for gate in found
         ],
     }
+
+
+def _refusal_order(prompts: PromptSet, name: str) -> list[Gate]:
+    """Which side of each pair a model would rather refuse, by kind of pair."""
+    from demur.evals.judges import judges
+    from demur.gates import order_gate, pairs_of, parts_of
+    from demur.models import load
+    from demur.pipeline.folder import slug
+    from demur.selection import refusal_scores
+
+    kinds = parts_of(prompts)[:-1] or ["all"]
+    replies = min(320, len(prompts))
+    if not pairs_of(prompts):
+        raise ConfigError(
+            f"{prompts.name} has no pairs, so no model can tell their order",
+            "prompts are paired by the field `pair`; leave out --refused-by",
+        )
+    with _listening(quiet=False) as listener:
+        with listener.stage(f"loading {name}", 1) as step:
+            model = load(name)
+            step(1)
+        with listener.stage(f"what {name} would refuse", len(prompts) + replies) as step:
+            judge = judges.make("patterns")
+            scores = refusal_scores(model, prompts.texts, judge, replies=replies, progress=step)
+    label = slug(name) + (f" + {model.adapter}" if model.adapter else "")
+    return [order_gate(prompts, kind, scores.tolist(), label) for kind in kinds]
 
 
 def _show_prompt_check(row: dict[str, Any]) -> None:

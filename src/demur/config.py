@@ -95,12 +95,13 @@ class ExtractionSettings(_Section):
     Attributes:
         layers: Blocks to read; None is all.
         positions: Token positions from the end; None is t_inst and every post-instruction token.
+        batch_size: Most prompts per forward pass; None is as many as the device is best given.
     """
 
     estimator: str = "difference-of-means"
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
 
 
 class SelectionSettings(_Section):
@@ -110,14 +111,26 @@ class SelectionSettings(_Section):
         max_kl: Most KL(plain || ablated) on harmless prompts, nats.
         min_induce: Least refusal log-odds on harmless prompts with the direction added.
         last_layers_skipped: Share of the layers, from the end, that is not eligible.
-        finalists: How many of the best screened candidates are measured again exactly.
+        screen: Measure all candidates cheaply first and only the best exactly: in bfloat16 where
+            that is faster, and on a few prompts.
+        screen_prompts: On how many of each class; 0 is on all.
+        finalists: How many of the best screened candidates are measured again exactly, and how
+            many of the rest are drawn to check the screen.
     """
 
     max_kl: float = Field(default=0.1, gt=0)
     min_induce: float = 0.0
     last_layers_skipped: float = Field(default=0.2, ge=0, lt=1)
-    finalists: int = Field(default=12, ge=1)
+    finalists: int = Field(default=8, ge=1)
     screen: bool = True
+    screen_prompts: int = Field(default=8, ge=0)
+
+    @field_validator("screen_prompts")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one prompt has no interval: give 0 for all prompts, or at least 2")
+        return value
 
 
 class TestSettings(_Section):

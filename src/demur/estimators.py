@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,13 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class StreamingEstimator(Estimator, Protocol):
-    """An estimator for which mean and covariance are enough, so that rows need not be kept."""
+    """An estimator for which moments are enough, so that rows need not be kept.
+
+    Attributes:
+        covariance: Whether it looks at the covariance; if not, reading means alone is faster.
+    """
+
+    covariance: ClassVar[bool]
 
     def from_moments(
         self, positive: PointMoments, negative: PointMoments
@@ -56,6 +62,8 @@ class DifferenceOfMeans:
     References:
         Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
+
+    covariance: ClassVar[bool] = False
 
     def __call__(
         self, positive: Float[Tensor, "n d_model"], negative: Float[Tensor, "m d_model"]
@@ -84,6 +92,7 @@ class WhitenedDifference:
         Fisher, "The use of multiple measurements in taxonomic problems", 1936.
     """
 
+    covariance: ClassVar[bool] = True
     ridge: float = 1e-1
 
     def __call__(
@@ -102,6 +111,10 @@ class WhitenedDifference:
     ) -> Float[Tensor, " d_model"]:
         """The same from moments, by the Woodbury identity on the rows of the scatter matrix."""
         _need(positive.n, negative.n, 2)
+        if not len(positive.spread) or not len(negative.spread):
+            raise TooFewPromptsError(
+                "the moments hold means without covariance", "read them with `rank` above 0"
+            )
         freedom = positive.n + negative.n - 2
         rows = torch.cat([positive.spread, negative.spread]) / freedom**0.5
         width = rows.shape[1]

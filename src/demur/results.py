@@ -150,6 +150,26 @@ class Candidate(_Row):
     selected: bool = False
 
 
+class ScreenInfo(_Row):
+    """How candidates were screened before the best were measured exactly.
+
+    Attributes:
+        prompts: Prompts a class that every candidate was measured on; None if on all.
+        promoted: How many candidates went on to all prompts.
+        sample: How many of those that were left without an exact measurement were drawn at random
+            and measured exactly for a check.
+        missed: Share of the sample that is better than the best of the rest: how often a candidate
+            that was screened out should not have been. None without a sample.
+        rank_correlation: Spearman correlation of screened and exact bypass over the sample.
+    """
+
+    prompts: int | None
+    promoted: int
+    sample: int
+    missed: Estimate | None
+    rank_correlation: float | None
+
+
 class SelectionInfo(_Row):
     """How the direction was chosen.
 
@@ -159,9 +179,8 @@ class SelectionInfo(_Row):
         least_bad: True if none survived and the choice is the best of the rest.
         relaxed: How often the limits had to be relaxed for the choice to pass; each step doubles
             `max_kl` and lowers `min_induce` by one nat.
-        rescored: How many candidates the exact pass measured again.
-        screen_rank_correlation: Spearman correlation of screened and exact bypass scores over a
-            random sample of candidates; None if all were measured exactly.
+        rescored: How many candidates were measured exactly, on all prompts.
+        screen: How the others were screened out; None if all were measured exactly.
     """
 
     max_kl: float
@@ -173,7 +192,7 @@ class SelectionInfo(_Row):
     least_bad: bool
     relaxed: int
     rescored: int
-    screen_rank_correlation: float | None
+    screen: ScreenInfo | None
 
 
 class DirectionInfo(_Row):

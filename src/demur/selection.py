@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
-from demur.evals.judges import Outcome
+from demur.evals.judges import Exchange, Judge, Outcome
 from demur.interventions import Ablate, Add, applied
 from demur.models import Completion, Model, TokenBatch
 from demur.progress import Progress
 
+# Bytes of unedited stream that are kept for edits which begin at a later block.
+_MOST_REMEMBERED = 2**31
 # First words of refusals in English, for a model that never refuses and so cannot teach its own.
 _KNOWN_OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately")
 
@@ -110,6 +112,44 @@ def refusal_logodds(
     return (wide[:, inside].logsumexp(1) - wide[:, ~inside].logsumexp(1)).cpu()
 
 
+def refusal_scores(
+    model: Model,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    replies: int = 320,
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Float[Tensor, " prompt"]:
+    """How ready a model is to refuse each prompt: refusal log-odds, nats, by its own openers.
+
+    Args:
+        model: Unedited.
+        prompts: User messages.
+        judge: Says which replies are refusals, to learn the openers from.
+        replies: To how many of the prompts, drawn at random, the model replies for that.
+        max_new_tokens: Replies are cut there.
+        batch_size: Prompts per pass.
+        seed: Of the draw.
+        progress: Called with the number of prompts done since the last call; each prompt counts
+            once more where it is replied to.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    drawn: list[int] = torch.randperm(len(prompts), generator=rng)[:replies].tolist()
+    asked = [prompts[i] for i in drawn]
+    said = model.generate(
+        asked, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    verdicts = judge([Exchange(p, r.text) for p, r in zip(asked, said, strict=True)])
+    tokens = learn_refusal_tokens(model, said, [verdict.outcome for verdict in verdicts])
+    scores = refusal_logodds(batched_logits(model, model.encode(prompts), batch_size), tokens.ids)
+    if progress is not None:
+        progress(len(prompts))
+    return scores
+
+
 def kl_divergence(
     plain: Float[Tensor, "prompt vocab"], edited: Float[Tensor, "prompt vocab"]
 ) -> Float[Tensor, " prompt"]:
@@ -118,15 +158,54 @@ def kl_divergence(
     return (p.exp() * (p - q)).sum(1).cpu()
 
 
+class Passes:
+    """Prompts cut into forward passes of like length, to be run again and again under edits.
+
+    Args:
+        model: The model, unedited if `remember` is set.
+        batch: The rows.
+        batch_size: Most rows of a pass; None is as many as the device is best given.
+        remember: Keep the unedited stream where it takes little memory, so that an edit that begins
+            at a later block costs only the blocks from there on.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        batch_size: int | None = None,
+        *,
+        remember: bool = False,
+    ) -> None:
+        self.model, self.n = model, len(batch)
+        self.index = batch.passes(tokens=model.tokens_per_pass, rows=batch_size)
+        self.parts = [batch.rows(index) for index in self.index]
+        size = sum(part.ids.numel() for part in self.parts) * model.n_layers * model.d_model
+        small = size * model.dtype.itemsize <= _MOST_REMEMBERED
+        self.memories = [
+            model.remember(part) if remember and small else None for part in self.parts
+        ]
+
+    def logits(self) -> Float[Tensor, "prompt vocab"]:
+        """Next-token logits of all rows under the edits in force; on the CPU unless on a GPU."""
+        out: Tensor | None = None
+        with self.model.prefix_kept():
+            for index, part, memory in zip(self.index, self.parts, self.memories, strict=True):
+                found = self.model.logits(part, memory)
+                if found.device.type != "cuda":
+                    found = found.cpu()  # Others have no float64, which scores need.
+                if out is None:
+                    out = found.new_empty(self.n, found.shape[1])
+                out[index] = found
+        assert out is not None
+        return out
+
+
 def batched_logits(
-    model: Model, batch: TokenBatch, batch_size: int
+    model: Model, batch: TokenBatch, batch_size: int | None = None
 ) -> Float[Tensor, "prompt vocab"]:
-    """Next-token logits of all rows, `batch_size` rows at a time, on the CPU."""
-    parts = [
-        model.logits(batch.rows(slice(start, start + batch_size))).cpu()
-        for start in range(0, len(batch), batch_size)
-    ]
-    return torch.cat(parts)
+    """Next-token logits of all rows, in passes of like length."""
+    return Passes(model, batch, batch_size).logits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +225,14 @@ class Criteria:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What one candidate does, per prompt.
+    """What one candidate does, per prompt; NaN where a prompt was not asked.
 
     Attributes:
         direction: The candidate.
         bypass: Refusal log-odds on harmful prompts under ablation.
         induce: Refusal log-odds on harmless prompts under addition.
         kl: KL on harmless prompts under ablation, nats.
-        exact: Measured in the model's own data type.
+        exact: Measured in the model's own data type, on all prompts.
         rejected_by: The first criterion that it fails; None if it passes.
     """
 
@@ -163,6 +242,33 @@ class Scores:
     kl: Float[Tensor, " harmless"] | None
     exact: bool
     rejected_by: str | None = None
+
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """Bypass, induce and KL, each over the prompts that were asked."""
+        assert self.bypass is not None
+        assert self.induce is not None
+        assert self.kl is not None
+        return float(self.bypass.nanmean()), float(self.induce.nanmean()), float(self.kl.nanmean())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Screen:
+    """How candidates were screened.
+
+    Attributes:
+        prompts: Prompts a class that every candidate was measured on; None if on all.
+        promoted: How many went on to all prompts.
+        sample: How many of those that were not measured exactly were drawn at random for it.
+        missed: How many of the sample turned out better than what was chosen from the rest.
+        rank_correlation: Spearman, screened against exact bypass, over the sample.
+    """
+
+    prompts: int | None
+    promoted: int
+    sample: int
+    missed: int
+    rank_correlation: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +281,7 @@ class Selection:
         least_bad: No candidate passed all criteria, and this one needed the fewest relaxations.
         harmful: Refusal log-odds of the unedited model on harmful prompts.
         harmless: The same on harmless prompts.
-        screen_rank_correlation: Spearman, screened against exact bypass, over a random sample.
+        screen: None if every candidate was measured exactly.
     """
 
     rows: list[Scores]
@@ -183,7 +289,7 @@ class Selection:
     least_bad: bool
     harmful: Float[Tensor, " harmful"]
     harmless: Float[Tensor, " harmless"]
-    screen_rank_correlation: float | None
+    screen: Screen | None
 
     @property
     def direction(self) -> Direction:
@@ -191,22 +297,32 @@ class Selection:
         return self.rows[self.chosen].direction
 
 
+_Few = tuple[list[int], list[int]]  # Numbers of the harmful and of the harmless prompts asked.
+_Rank = tuple[bool, int, float]
+
+
 class _Scorer:
-    """Scores candidates on one model; the unedited model's logits are computed once."""
+    """Scores candidates on one model; what the unedited model does is computed once."""
 
     def __init__(
         self,
         model: Model,
         harmful: Sequence[str],
         harmless: Sequence[str],
+        *,
         tokens: RefusalTokens,
-        batch_size: int,
+        batch_size: int | None,
+        few: _Few | None = None,
     ) -> None:
-        self.model, self.tokens, self.batch_size = model, tokens, batch_size
+        self.model, self.tokens = model, tokens
+        self.sizes = len(harmful), len(harmless)
+        self.few = few
+        if few is not None:
+            harmful, harmless = [harmful[i] for i in few[0]], [harmless[i] for i in few[1]]
         self.n_harmful = len(harmful)
-        self.both = model.encode([*harmful, *harmless])
-        self.harmless_rows = model.encode(list(harmless))
-        plain = batched_logits(model, self.both, batch_size)
+        self.both = Passes(model, model.encode([*harmful, *harmless]), batch_size)
+        self.added = Passes(model, model.encode(list(harmless)), batch_size, remember=True)
+        plain = self.both.logits()
         self.plain_harmless = plain[self.n_harmful :]
         scores = refusal_logodds(plain, tokens.ids)
         self.harmful, self.harmless = scores[: self.n_harmful], scores[self.n_harmful :]
@@ -214,18 +330,25 @@ class _Scorer:
     def __call__(self, direction: Direction, *, exact: bool) -> Scores:
         try:
             with applied(self.model, Ablate(direction)):
-                ablated = batched_logits(self.model, self.both, self.batch_size)
+                ablated = self.both.logits()
             with applied(self.model, Add(direction)):
-                added = batched_logits(self.model, self.harmless_rows, self.batch_size)
+                added = self.added.logits()
         except NonFiniteError:
             return Scores(direction, None, None, None, exact, "NaN or infinite logits")
         return Scores(
             direction,
-            refusal_logodds(ablated[: self.n_harmful], self.tokens.ids),
-            refusal_logodds(added, self.tokens.ids),
-            kl_divergence(self.plain_harmless, ablated[self.n_harmful :]),
+            self._among(0, refusal_logodds(ablated[: self.n_harmful], self.tokens.ids)),
+            self._among(1, refusal_logodds(added, self.tokens.ids)),
+            self._among(1, kl_divergence(self.plain_harmless, ablated[self.n_harmful :])),
             exact,
         )
+
+    def _among(self, side: int, values: Tensor) -> Tensor:
+        if self.few is None:
+            return values
+        out = torch.full((self.sizes[side],), float("nan"), dtype=values.dtype)
+        out[self.few[side]] = values
+        return out
 
 
 def _late(direction: Direction, criteria: Criteria, n_layers: int) -> bool:
@@ -237,14 +360,15 @@ def _late(direction: Direction, criteria: Criteria, n_layers: int) -> bool:
 
 
 def _failures(row: Scores, criteria: Criteria, n_layers: int) -> list[str]:
-    if row.bypass is None or row.induce is None or row.kl is None:
+    if row.bypass is None:
         return ["NaN or infinite logits"]
+    _, induce, kl = row.means
     failed = []
     if _late(row.direction, criteria, n_layers):
         failed.append(f"in the last {criteria.last_layers_skipped:.0%} of the layers")
-    if float(row.kl.mean()) > criteria.max_kl:
+    if kl > criteria.max_kl:
         failed.append(f"KL above {criteria.max_kl:g} nats")
-    if float(row.induce.mean()) < criteria.min_induce:
+    if induce < criteria.min_induce:
         failed.append(f"induces too little (log-odds below {criteria.min_induce:g})")
     return failed
 
@@ -258,12 +382,19 @@ def select(
     tokens: RefusalTokens,
     criteria: Criteria = Criteria(),
     screen: Model | None = None,
-    finalists: int = 12,
-    batch_size: int = 64,
+    screen_prompts: int | None = None,
+    finalists: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Selection:
     """Score every candidate and choose the one whose ablation lowers refusal most.
+
+    With a screen, all candidates are measured cheaply first: in a faster data type, on a few
+    prompts, or both. The best quarter goes on to all prompts, the best `finalists` of it are
+    measured exactly, and so is every other of it that could still win if its screened scores were
+    as wrong as the worst of the finalists'. A random sample of the rest is measured exactly too,
+    which tells how often the screen misses the best one.
 
     Args:
         model: The model that decides.
@@ -272,16 +403,18 @@ def select(
         harmless: Prompts for the induce score and KL.
         tokens: First tokens of refusals.
         criteria: What a candidate must pass.
-        screen: A faster copy of the model (bfloat16). It scores all candidates; the best
-            `finalists`, and a random sample for the rank correlation, are scored again by `model`.
-        finalists: How many.
-        batch_size: Rows per pass.
-        seed: Draws the sample.
+        screen: A faster copy of the model (bfloat16) that screens; None screens with `model`.
+        screen_prompts: Prompts a class, drawn at random, that all candidates are measured on; None
+            is all.
+        finalists: How many are measured exactly, and how many are drawn for the sample.
+        batch_size: Most rows per pass; None is as many as the device is best given.
+        seed: Draws prompts and sample.
         progress: Called with the number of evaluations done since the last call; there are
-            `evaluations(len(candidates), ...)` of them.
+            `evaluations(len(candidates), ...)` of them, and those of doubtful candidates beyond.
 
     Raises:
         TooFewPromptsError: There is no candidate or no prompt.
+        NonFiniteError: No candidate has finite logits.
 
     References:
         Arditi et al. 2024, arXiv:2406.11717, appendix C (direction selection).
@@ -293,54 +426,151 @@ def select(
             "each must be at least 1",
         )
 
-    def done() -> None:
-        if progress is not None:
-            progress(1)
+    def rank(row: Scores) -> _Rank:
+        return _rank(row, criteria, model.n_layers)
 
-    exact = _Scorer(model, harmful, harmless, tokens, batch_size)
-    correlation = None
-    if screen is None or screen is model:
-        rows = []
-        for candidate in candidates:
-            rows.append(exact(candidate, exact=True))
-            done()
-    else:
-        quick = _Scorer(screen, harmful, harmless, tokens, batch_size)
-        rows = []
-        for candidate in candidates:
-            rows.append(quick(candidate, exact=False))
-            done()
-        order = _preference(rows, criteria, model.n_layers)
-        best = order[:finalists]
+    exact = _Scorer(model, harmful, harmless, tokens=tokens, batch_size=batch_size)
+    plan = _Plan.of(
+        len(candidates),
+        finalists,
+        few=screen_prompts is not None and screen_prompts < min(len(harmful), len(harmless)),
+        faster=screen is not None and screen is not model,
+    )
+    course = _Course(candidates, exact, rank, progress)
+    screening = None
+    if plan.screened:
+        quick = screen if plan.faster and screen is not None else model
         rng = torch.Generator().manual_seed(seed)
-        rest = [i for i in range(len(rows)) if i not in set(best)]
-        sample = [rest[i] for i in torch.randperm(len(rest), generator=rng)[:finalists].tolist()]
-        pairs = []
-        for i in [*best, *sample]:
-            row = exact(candidates[i], exact=True)
-            if i in sample and row.bypass is not None and rows[i].bypass is not None:
-                pairs.append((float(rows[i].bypass.mean()), float(row.bypass.mean())))  # pyright: ignore[reportOptionalMemberAccess]
-            rows[i] = row
-            done()
-        screened, again = [a for a, _ in pairs], [b for _, b in pairs]
-        if len(pairs) > 2 and len(set(screened)) > 1 and len(set(again)) > 1:
-            from scipy.stats import spearmanr
 
-            correlation = float(np.asarray(spearmanr(screened, again))[0])
-    failures = [_failures(row, criteria, model.n_layers) for row in rows]
-    rows = [
-        replace(row, rejected_by=failed[0] if failed else None)
-        for row, failed in zip(rows, failures, strict=True)
-    ]
-    pool = [i for i, row in enumerate(rows) if row.exact and row.bypass is not None]
-    if not pool:
+        def scorer(few: _Few | None) -> _Scorer:
+            if quick is model and few is None:
+                return exact
+            return _Scorer(quick, harmful, harmless, tokens=tokens, batch_size=batch_size, few=few)
+
+        few = _draw(len(harmful), len(harmless), screen_prompts or 0, rng) if plan.few else None
+        screening = course.screened(plan, scorer, few, rng)
+    else:
+        course.measure(range(len(candidates)), exact)
+    chosen = course.best(range(len(candidates)))
+    if chosen is None:
         raise NonFiniteError(
             "every candidate gives NaN or infinite logits", "try `--dtype float32`"
         )
-    chosen = min(pool, key=lambda i: _rank(rows[i], criteria, model.n_layers))
-    return Selection(
-        rows, chosen, bool(failures[chosen]), exact.harmful, exact.harmless, correlation
-    )
+    failures = [_failures(row, criteria, model.n_layers) for row in course.rows]
+    rows = [
+        replace(row, rejected_by=failed[0] if failed else None)
+        for row, failed in zip(course.rows, failures, strict=True)
+    ]
+    return Selection(rows, chosen, bool(failures[chosen]), exact.harmful, exact.harmless, screening)
+
+
+def _draw(harmful: int, harmless: int, n: int, rng: torch.Generator) -> _Few:
+    drawn = (torch.randperm(size, generator=rng)[:n] for size in (harmful, harmless))
+    a, b = (rows.sort().values.tolist() for rows in drawn)
+    return a, b
+
+
+class _Course:
+    """The rows of a selection as they are measured, again and better.
+
+    Attributes:
+        rows: The latest scores of every candidate.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Direction],
+        exact: _Scorer,
+        rank: Callable[[Scores], _Rank],
+        progress: Progress | None,
+    ) -> None:
+        self.candidates, self.exact, self.rank, self.progress = candidates, exact, rank, progress
+        self.rows = [Scores(one, None, None, None, exact=False) for one in candidates]
+
+    def measure(self, which: Iterable[int], scorer: _Scorer) -> None:
+        """Measure some candidates; those that were measured exactly are left as they are."""
+        for i in which:
+            if not self.rows[i].exact:
+                self.rows[i] = scorer(self.candidates[i], exact=scorer is self.exact)
+            if self.progress is not None:
+                self.progress(1)
+
+    def order(self, among: Iterable[int]) -> list[int]:
+        """Candidates with finite scores, the best first."""
+        usable = [i for i in among if self.rows[i].bypass is not None]
+        return sorted(usable, key=lambda i: self.rank(self.rows[i]))
+
+    def best(self, among: Iterable[int]) -> int | None:
+        """The best of those that were measured exactly."""
+        return next(iter(self.order(i for i in among if self.rows[i].exact)), None)
+
+    def screened(
+        self,
+        plan: _Plan,
+        scorer: Callable[[_Few | None], _Scorer],
+        few: _Few | None,
+        rng: torch.Generator,
+    ) -> Screen:
+        """Measure all cheaply, the best better, and a sample of the rest for a check."""
+        everyone = range(len(self.rows))
+        self.measure(everyone, scorer(few))
+        promoted = self.order(everyone)[: plan.promoted]
+        if few is not None:
+            self.measure(promoted, scorer(None))
+        before = list(self.rows)
+        self.measure(self.order(promoted)[: plan.finalists], self.exact)
+        while (doubtful := self._doubtful(before, promoted)) is not None:
+            self.rows[doubtful] = self.exact(self.candidates[doubtful], exact=True)
+        chosen = self.best(promoted)
+        rest = [i for i in everyone if not self.rows[i].exact]
+        drawn: list[int] = torch.randperm(len(rest), generator=rng)[: plan.sample].tolist()
+        sample = [rest[i] for i in drawn]
+        self.measure(sample, self.exact)
+        better = self.order(sample if chosen is None else [chosen, *sample])
+        return Screen(
+            None if few is None else len(few[0]),
+            len(promoted),
+            len(sample),
+            better.index(chosen) if chosen is not None else len(better),
+            _rank_correlation([before[i] for i in sample], [self.rows[i] for i in sample]),
+        )
+
+    def _doubtful(self, before: Sequence[Scores], promoted: Sequence[int]) -> int | None:
+        """A promoted candidate that could win, were its scores as wrong as the worst seen."""
+        chosen = self.best(promoted)
+        if chosen is None:
+            return None
+        errors = [
+            [abs(a - b) for a, b in zip(self.rows[i].means, before[i].means, strict=True)]
+            for i in self.order(promoted)
+            if self.rows[i].exact
+        ]
+        bypass, induce, kl = (max(column) for column in zip(*errors, strict=True))
+        bar = self.rank(self.rows[chosen])
+        for i in promoted:
+            row = self.rows[i]
+            if row.exact or row.bypass is None or row.induce is None or row.kl is None:
+                continue
+            hoped = replace(
+                row, bypass=row.bypass - bypass, induce=row.induce + induce, kl=row.kl - kl
+            )
+            if self.rank(hoped) < bar:
+                return i
+        return None
+
+
+def _rank_correlation(screened: Sequence[Scores], exact: Sequence[Scores]) -> float | None:
+    pairs = [
+        (a.means[0], b.means[0])
+        for a, b in zip(screened, exact, strict=True)
+        if a.bypass is not None and b.bypass is not None
+    ]
+    first, then = [a for a, _ in pairs], [b for _, b in pairs]
+    if len(pairs) < 3 or len(set(first)) < 2 or len(set(then)) < 2:
+        return None
+    from scipy.stats import spearmanr
+
+    return float(np.asarray(spearmanr(first, then))[0])
 
 
 def relaxations(row: Scores, criteria: Criteria) -> int:
@@ -350,33 +580,57 @@ def relaxations(row: Scores, criteria: Criteria) -> int:
     orders candidates when none passes: the bypass score alone would take those that break the
     model (measured: bypass -9.5 at a KL of 4.3 nats and 19 times the perplexity).
     """
-    assert row.kl is not None
-    assert row.induce is not None
-    kl, induce = float(row.kl.mean()), float(row.induce.mean())
+    _, induce, kl = row.means
     too_costly = math.ceil(math.log2(kl / criteria.max_kl)) if kl > criteria.max_kl else 0
     too_weak = math.ceil(criteria.min_induce - induce) if induce < criteria.min_induce else 0
     return max(too_costly, too_weak)
 
 
-def _rank(row: Scores, criteria: Criteria, n_layers: int) -> tuple[bool, int, float]:
+def _rank(row: Scores, criteria: Criteria, n_layers: int) -> _Rank:
     # Never from the last layers, then with limits as near as can be to those asked for, then by
     # effect.
-    assert row.bypass is not None
-    return (
-        _late(row.direction, criteria, n_layers),
-        relaxations(row, criteria),
-        float(row.bypass.mean()),
-    )
+    return _late(row.direction, criteria, n_layers), relaxations(row, criteria), row.means[0]
 
 
-def _preference(rows: Sequence[Scores], criteria: Criteria, n_layers: int) -> list[int]:
-    usable = [i for i, row in enumerate(rows) if row.bypass is not None]
-    return sorted(usable, key=lambda i: _rank(rows[i], criteria, n_layers))
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How many candidates each step of a selection measures."""
+
+    candidates: int
+    few: bool
+    faster: bool
+    promoted: int
+    finalists: int
+    sample: int
+
+    @classmethod
+    def of(cls, candidates: int, finalists: int, *, few: bool, faster: bool) -> _Plan:
+        # A handful is measured exactly at once: screening it would only cost.
+        if candidates <= 2 * finalists or not (few or faster):
+            return cls(candidates, False, False, candidates, candidates, 0)
+        promoted = max(2 * finalists, math.ceil(candidates / 4)) if few else candidates
+        return cls(
+            candidates, few, faster, promoted, finalists, min(finalists, candidates - finalists)
+        )
+
+    @property
+    def screened(self) -> bool:
+        return self.few or self.faster
+
+    @property
+    def evaluations(self) -> int:
+        if not self.screened:
+            return self.candidates
+        return self.candidates + (self.promoted if self.few else 0) + self.finalists + self.sample
 
 
-def evaluations(candidates: int, finalists: int, *, screened: bool) -> int:
-    """How many evaluations `select` will run, for a progress bar."""
-    if not screened:
-        return candidates
-    best = min(finalists, candidates)
-    return candidates + best + min(finalists, candidates - best)
+def evaluations(candidates: int, finalists: int, *, few: bool, faster: bool) -> int:
+    """How many evaluations `select` will run at least, for a progress bar.
+
+    Args:
+        candidates: How many there are.
+        finalists: As given to `select`.
+        few: Whether all candidates are screened on a part of the prompts.
+        faster: Whether a faster copy screens.
+    """
+    return _Plan.of(candidates, finalists, few=few, faster=faster).evaluations

@@ -58,6 +58,96 @@ def test_edits_reach_a_shared_prefix_as_they_reach_whole_rows(name):
         assert (apart - model.logits(batch)).abs().max() > 1e-3
 
 
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_remembered_pass_goes_on_from_the_first_edit(name, kind):
+    model = tiny_model(name)
+    for batch in (model.encode(PROMPTS), model.encode(PROMPTS[1:2])):  # With and without a prefix.
+        memory = model.remember(batch)
+        for layer in (1, 2):
+            undo = model.intercept(Site(layer, kind), lambda x: 1.5 * x + 0.1 * x.roll(1, -1))
+            whole, resumed = model.logits(batch), model.logits(batch, memory)
+            undo()
+            torch.testing.assert_close(resumed, whole, rtol=1e-9, atol=1e-9)
+            assert (whole - model.logits(batch)).abs().max() > 1e-3
+
+
+def test_blocks_before_the_first_edit_are_not_computed_again():
+    model = tiny_model("llama")
+    batch = model.encode(PROMPTS)
+    memory = model.remember(batch)
+    ran = []
+    for i, block in enumerate(model.blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    undo = model.intercept(Site(2, "resid_pre"), lambda x: 2 * x)
+    model.logits(batch, memory)
+    assert ran == [2, 2]  # The shared prefix, and the rest.
+    undo()
+    # Edits of the first block leave nothing to skip, and no edit leaves the plain pass.
+    ran.clear()
+    plain = model.logits(batch, memory)
+    assert ran == [0, 1, 2, 0, 1, 2]
+    undo = model.intercept(Site(0, "resid_pre"), lambda x: 2 * x)
+    edited = model.logits(batch, memory)
+    undo()
+    assert (edited - plain).abs().max() > 1e-3
+
+
+def test_nothing_is_remembered_of_an_edited_model():
+    model = tiny_model("llama")
+    undo = model.intercept(Site(1, "resid_pre"), lambda x: 2 * x)
+    with pytest.raises(FamilyError, match=r"being edited at 1\.resid_pre"):
+        model.remember(model.encode(PROMPTS))
+    undo()
+
+
+@every_family
+def test_a_kept_prefix_is_computed_anew_when_edits_change(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    plain = model.logits(batch)
+    with model.prefix_kept():
+        before = model.runs
+        first, again = model.logits(batch), model.logits(batch)
+        assert model.runs == before + 3  # One prefix, two batches.
+        undo = model.intercept(Site(1, "mlp_out"), lambda x: 1.5 * x)
+        edited = model.logits(batch)
+        undo()
+        back = model.logits(batch)
+    for logits in (first, again, back):
+        torch.testing.assert_close(logits, plain, rtol=0, atol=0)
+    undo = model.intercept(Site(1, "mlp_out"), lambda x: 1.5 * x)
+    torch.testing.assert_close(edited, model.logits(batch), rtol=0, atol=0)
+    undo()
+
+
+@every_family
+def test_reading_stops_behind_the_last_site_that_is_read(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    for kind, blocks in (("resid_pre", 1), ("attn_out", 2), ("resid_post", 2)):
+        short, whole, ran = [], [], []
+        site = Site(1, kind)
+        watch = [
+            block.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+            for block in model.blocks
+        ]
+        undo = record(model, site, short)
+        with model.prefix_kept():
+            model.read(batch)
+            model.read(batch)
+        undo()
+        # A pre-hook that was set before the stop still runs on the block that is not computed.
+        assert len(ran) <= 3 * (blocks + 1)
+        for handle in watch:
+            handle.remove()
+        undo = record(model, site, whole)
+        model.final_states(batch)
+        undo()
+        assert model.chunk is None
+        torch.testing.assert_close(short[1], whole[1], rtol=0, atol=0)
+
+
 def test_logits_are_at_least_float32():
     for dtype in (torch.bfloat16, torch.float32):
         model = tiny_model("llama", dtype)

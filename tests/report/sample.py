@@ -22,6 +22,7 @@ from demur.results import (
     Reading,
     RefusalToken,
     Reply,
+    ScreenInfo,
     SelectionInfo,
     SplitInfo,
     Validation,
@@ -29,7 +30,7 @@ from demur.results import (
     WeightEdit,
     WordBaselines,
 )
-from demur.stats import Estimate
+from demur.stats import Estimate, proportion
 
 SITES = [f"{layer}.resid_pre" for layer in range(30)] + ["29.resid_post"]
 TOKENS = {
@@ -314,7 +315,13 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
             least_bad=survivors == 0,
             relaxed=2 if survivors == 0 else 0,
             rescored=sum(row.exact for row in rows),
-            screen_rank_correlation=0.994,
+            screen=ScreenInfo(
+                prompts=8,
+                promoted=len(rows) // 4,
+                sample=8,
+                missed=proportion(0, 8),
+                rank_correlation=0.994,
+            ),
         ),
         "direction": DirectionInfo(
             site=CHOSEN[0],

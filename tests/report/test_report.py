@@ -194,9 +194,7 @@ def test_empty_lists_and_missing_figures_are_said_not_drawn(tmp_path):
         weight_edit=weights,
         verdict=whole.verdict.model_copy(update={"reasons": []}),
         prompts=whole.prompts.model_copy(update={"splits": [], "kept_by_filter": None}),
-        selection=whole.selection.model_copy(
-            update={"felled": {}, "screen_rank_correlation": None}
-        ),
+        selection=whole.selection.model_copy(update={"felled": {}, "screen": None}),
     )
     page = assert_inert(page_of(tmp_path, results, []))
     assert page.text.count("not measured") >= 14

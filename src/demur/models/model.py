@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,45 @@ class Chunk:
     ends: Tensor
     rows: Tensor | None
     is_prefix: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """What the unedited blocks did with a batch, so that a later edit can start where it acts.
+
+    Attributes:
+        batch: The rows.
+        cache: Keys and values of the shared prefix, one row; None where nothing is shared.
+        prefix: The stream that leaves each block over the shared prefix, (1, token, d_model).
+        stream: The stream that leaves each block over the rest, (prompt, token, d_model).
+        tuples: Whether the blocks return tuples.
+    """
+
+    batch: TokenBatch
+    cache: Any
+    prefix: list[Tensor]
+    stream: list[Tensor]
+    tuples: bool
+
+
+class _Stop(Exception):
+    """No error: the pass has gone as far as was wanted."""
+
+
+class _Skipped(nn.Module):
+    """Stands for a block that is not computed: passes the stream on, or a remembered one."""
+
+    def __init__(self, block: nn.Module, stream: Tensor | None, *, tuples: bool) -> None:
+        super().__init__()
+        self.stream, self.tuples = stream, tuples
+        # Some models ask their blocks which attention they have.
+        for name in ("attention_type", "layer_type"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_options: Any) -> Any:
+        out = hidden_states if self.stream is None else self.stream
+        return (out,) if self.tuples else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +140,24 @@ class Model:
         self._edits: dict[Site, dict[object, Edit]] = {}
         self._hooks: dict[Site, Any] = {}
         self._whole_rows = 0
-        self.blocks = self._find_blocks()
+        self._edition = 0  # Counts changes of the edits in force.
+        self._end: int | None = None  # The block that a pass stops before.
+        self._kept: dict[Any, Any] | None = None
+        self._blocks_path, self.blocks = self._find_blocks()
         self.n_layers = len(self.blocks)
         self.d_model = int(self.hf.get_input_embeddings().weight.shape[1])
         for block in self.blocks:
             _module(block, family.attn_out)
             _module(block, family.mlp_out)
 
-    def _find_blocks(self) -> nn.ModuleList:
+    def _find_blocks(self) -> tuple[str, nn.ModuleList]:
         for path in self.family.layers:
             try:
                 blocks = self.hf.get_submodule(path)
             except AttributeError:
                 continue
             if isinstance(blocks, nn.ModuleList):
-                return blocks
+                return path, blocks
         raise FamilyError(
             f"{type(self.hf).__name__} has none of: {', '.join(self.family.layers)}",
             f"the row `{self.family.name}` does not fit this checkpoint",
@@ -138,6 +180,21 @@ class Model:
     def device(self) -> torch.device:
         """Device of the embedding, where token ids go."""
         return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """How many tokens a forward pass without gradients is best given at once.
+
+        On a CPU enough to fill the matrix units; on a GPU what a quarter of its memory holds of a
+        block's intermediate values, whatever else is there, so that a run can be repeated.
+        """
+        if self.device.type != "cuda":
+            return 2048
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        config = self.hf.config.get_text_config()
+        wide = getattr(config, "intermediate_size", None) or 4 * self.d_model
+        each = (4 * wide + 16 * self.d_model) * self.dtype.itemsize
+        return int(max(2048, min(65536, memory // 4 // each)))
 
     @property
     def tied(self) -> bool:
@@ -225,8 +282,10 @@ class Model:
             self._hooks[site] = self._hook(site, edits)
         key = object()  # One edit may be set twice, and each undo takes its own away.
         edits[key] = edit
+        self._edition += 1
 
         def undo() -> None:
+            self._edition += 1
             if edits.pop(key, None) is not None and not edits:
                 self._hooks.pop(site).remove()
                 del self._edits[site]
@@ -267,6 +326,19 @@ class Model:
         finally:
             self._whole_rows -= 1
 
+    @contextmanager
+    def prefix_kept(self) -> Iterator[None]:
+        """Inside, the shared prefix is computed once for all batches, anew when edits change.
+
+        For edits that do the same to the same tokens every time.
+        """
+        outer = self._kept
+        self._kept = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._kept = outer
+
     # Running -----------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> TokenBatch:
@@ -303,48 +375,177 @@ class Model:
             self.chunk = None
 
     @torch.no_grad()
-    def final_states(self, batch: TokenBatch) -> Float[Tensor, "prompt token d_model"]:
+    def final_states(
+        self, batch: TokenBatch, memory: Memory | None = None
+    ) -> Float[Tensor, "prompt token d_model"]:
         """Run the blocks and the final norm, not the vocabulary head.
 
         Right-padded rows need no attention mask, since no token sees what follows it; the leading
         tokens that all rows share are computed once, under whatever edits are in force.
 
+        Args:
+            batch: The rows.
+            memory: What `remember` returned for them: blocks before the first edit are skipped.
+
         Returns:
             Final hidden states; those of a shared prefix are left out, so the token axis counts
             from the end of the prompt as ever, but may be shorter than `batch`.
         """
-        width = batch.ids.shape[1]
-        share = 0 if self._whole_rows or batch.padded_left else min(batch.shared, width - 1)
-        rows = batch.numbers
-        if len(batch) < 2 or share < 2:
+        if memory is not None:
+            first = min((site.layer for site in self._hooks), default=0)
+            # With whole rows asked for, the remembered split into prefix and rest is of no use.
+            if first > 0 and not self._whole_rows:
+                return self._resumed(memory, first)
+        share = self._share(batch)
+        if not share:
             options: dict[str, Any] = {"use_cache": False}
             if batch.padded_left:
                 positions = (batch.mask.long().cumsum(1) - 1).clamp(min=0)
                 options["attention_mask"] = batch.mask.long().to(self.device)
                 options["position_ids"] = positions.to(self.device)
-            chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
+            chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
             return self._pass(batch.ids, chunk, **options).last_hidden_state
-        cache = DynamicCache(config=self.hf.config)
-        first = {name: span[:1, :share] for name, span in batch.spans.items()}
-        prefix = Chunk(first, torch.zeros(1, dtype=torch.long), None, is_prefix=True)
-        self._pass(batch.ids[:1, :share], prefix, past_key_values=cache, use_cache=True)
+        cache = self._prefix(batch, share)
         cache.batch_repeat_interleave(len(batch))
+        return self._rest(batch, share, cache)
+
+    @torch.no_grad()
+    def read(self, batch: TokenBatch) -> None:
+        """Run the blocks for the sake of what is set at sites, and no further than the last one."""
+        if not self._hooks:
+            return
+        last = max(self._hooks, key=lambda site: (site.layer, site.kind != "resid_pre"))
+        end = last.layer + (last.kind != "resid_pre")
+        if end == self.n_layers:
+            self.final_states(batch)
+            return
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        # Set after the site's own hook, so it runs after it.
+        handle = self.blocks[end].register_forward_pre_hook(stop)
+        self._end = end
+        try:
+            with suppress(_Stop):
+                self.final_states(batch)
+        finally:
+            self._end = None
+            handle.remove()
+
+    def _share(self, batch: TokenBatch) -> int:
+        """How many leading tokens are computed once for all rows; 0 for none."""
+        if self._whole_rows or batch.padded_left or len(batch) < 2:
+            return 0
+        share = min(batch.shared, batch.ids.shape[1] - 1)
+        return share if share > 1 else 0
+
+    def _prefix(self, batch: TokenBatch, share: int, first: int = 0) -> Any:
+        """Keys and values of the shared prefix from block `first` on, the caller's own."""
+        key = (self._edition, first, self._end, tuple(batch.ids[0, :share].tolist()))
+        if self._kept is not None and key in self._kept:
+            return deepcopy(self._kept[key])
+        cache = DynamicCache(config=self.hf.config)
+        self._prefix_pass(batch, share, cache)
+        if self._kept is not None:
+            self._kept.clear()  # Those of other edits are of no more use.
+            self._kept[key] = deepcopy(cache)
+        return cache
+
+    def _prefix_pass(self, batch: TokenBatch, share: int, cache: Any) -> None:
+        spans = {name: span[:1, :share] for name, span in batch.spans.items()}
+        chunk = Chunk(spans, torch.zeros(1, dtype=torch.long), None, is_prefix=True)
+        with suppress(_Stop):  # The rest of the rows will stop there too.
+            self._pass(batch.ids[:1, :share], chunk, past_key_values=cache, use_cache=True)
+
+    def _rest(self, batch: TokenBatch, share: int, cache: Any) -> Tensor:
         spans = {name: span[:, share:] for name, span in batch.spans.items()}
-        suffix = Chunk(spans, batch.ends - share, rows, is_prefix=False)
-        out = self._pass(batch.ids[:, share:], suffix, past_key_values=cache, use_cache=True)
+        chunk = Chunk(spans, batch.ends - share, batch.numbers, is_prefix=False)
+        out = self._pass(batch.ids[:, share:], chunk, past_key_values=cache, use_cache=True)
         return out.last_hidden_state
 
+    # Starting in the middle --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def remember(self, batch: TokenBatch) -> Memory:
+        """Keep the unedited stream of a batch, for passes whose edits begin further up.
+
+        Takes layers x tokens x d_model values of memory.
+
+        Raises:
+            FamilyError: Edits are in force.
+        """
+        if self._hooks:
+            raise FamilyError(
+                f"{self.name} is being edited at {', '.join(map(str, self._hooks))}",
+                "remember a batch before the edits are applied",
+            )
+        prefix: list[Tensor] = []
+        stream: list[Tensor] = []
+        found_tuples = False
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            nonlocal found_tuples
+            found_tuples = isinstance(output, tuple)
+            held = prefix if self.chunk is not None and self.chunk.is_prefix else stream
+            held.append(output[0] if found_tuples else output)
+
+        share = self._share(batch)
+        cache = DynamicCache(config=self.hf.config) if share else None
+        with ExitStack() as undo:
+            for block in self.blocks:
+                undo.callback(block.register_forward_hook(keep).remove)
+            if cache is None:
+                self.final_states(batch)
+            else:
+                self._prefix_pass(batch, share, cache)
+                rest = deepcopy(cache)
+                rest.batch_repeat_interleave(len(batch))
+                self._rest(batch, share, rest)
+        return Memory(batch, cache, prefix, stream, found_tuples)
+
+    def _resumed(self, memory: Memory, first: int) -> Tensor:
+        """Final states of remembered rows under edits that begin at block `first` or above."""
+        batch, share = memory.batch, self._share(memory.batch)
+        if memory.cache is None:
+            with self._skipping(first, memory.stream, tuples=memory.tuples):
+                return self.final_states(batch)
+        with self._skipping(first, memory.prefix, tuples=memory.tuples):
+            cache = self._prefix(batch, share, first)
+        # Blocks that are skipped see no key; the first tells where the rows go on.
+        cache.layers[:first] = deepcopy(memory.cache.layers[:first])
+        cache.batch_repeat_interleave(len(batch))
+        with self._skipping(first, memory.stream, tuples=memory.tuples):
+            return self._rest(batch, share, cache)
+
+    @contextmanager
+    def _skipping(self, first: int, stream: list[Tensor], *, tuples: bool) -> Iterator[None]:
+        """Inside, blocks before `first` are not computed: the last of them gives what it gave."""
+        parent, _, name = self._blocks_path.rpartition(".")
+        owner = self.hf.get_submodule(parent)
+        standing = [
+            _Skipped(block, stream[i] if i == first - 1 else None, tuples=tuples)
+            for i, block in enumerate(self.blocks[:first])
+        ]
+        setattr(owner, name, nn.ModuleList([*standing, *self.blocks[first:]]))
+        try:
+            yield
+        finally:
+            setattr(owner, name, self.blocks)
+
     def logits(
-        self, batch: TokenBatch | Int[Tensor, "prompt token"]
+        self, batch: TokenBatch | Int[Tensor, "prompt token"], memory: Memory | None = None
     ) -> Float[Tensor, "prompt vocab"]:
         """Next-token logits after the last real token of each row, float32 (float64 if wider).
+
+        `memory` is what `remember` returned for the batch, if the edits in force begin further up.
 
         Raises:
             NonFiniteError: A row has NaN or infinite logits.
         """
         if isinstance(batch, Tensor):
             batch = TokenBatch.of_ids(batch)
-        states = self.final_states(batch)
+        states = self.final_states(batch, memory)
         ends = batch.ends - (batch.ids.shape[1] - states.shape[1])
         last = states[torch.arange(len(batch), device=states.device), ends.to(states.device) - 1]
         logits = self.unembed(last)

@@ -97,6 +97,23 @@ class TokenBatch:
         origin = self.numbers[index]
         return TokenBatch(ids[:, low:high], mask[:, low:high], spans, shared, origin)
 
+    def passes(self, *, tokens: int, rows: int | None = None) -> list[list[int]]:
+        """Row numbers cut into passes of like length, shortest rows first.
+
+        Args:
+            tokens: Most tokens of a pass, padding counted and the shared prefix not.
+            rows: Most rows of a pass.
+        """
+        own = self.ends - self.shared
+        out: list[list[int]] = []
+        for row in torch.argsort(own, stable=True).tolist():
+            # Rows come in order of length, so the next one sets the width.
+            full = not out or (len(out[-1]) + 1) * int(own[row]) > tokens
+            if full or len(out[-1]) == rows:
+                out.append([])
+            out[-1].append(row)
+        return out
+
     def left_padded(self) -> TokenBatch:
         """The same rows with their padding moved to the left, as generation needs it."""
         order = torch.argsort(self.mask.int(), dim=1, stable=True)

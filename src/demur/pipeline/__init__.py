@@ -180,7 +180,7 @@ def _test(
     job: Job, direction: Direction, rows: dict[str, Tensor], seen: Baseline
 ) -> dict[str, Any]:
     """The causal test on the report split, each part a stage of its own."""
-    settings, size = job.config.test, 2 * job.config.extraction.batch_size
+    settings, size = job.config.test, job.config.extraction.batch_size
     nulls = null_directions(
         direction,
         **rows,

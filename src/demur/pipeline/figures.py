@@ -36,13 +36,14 @@ from demur.results import (
     Projections,
     Reading,
     RefusalToken,
+    ScreenInfo,
     SelectionInfo,
     Validation,
     Verdict,
     WeightEdit,
     WordBaselines,
 )
-from demur.selection import Criteria, Selection, relaxations
+from demur.selection import Criteria, Screen, Selection, relaxations
 from demur.stats import Estimate, auroc, mean, paired_change, proportion
 
 _MOST_DEGENERATE = 0.2
@@ -204,25 +205,45 @@ def _pair_accuracy(sides: dict[str, PromptSet], scores: dict[str, Tensor]) -> Es
     return proportion(above, len(pairs))
 
 
+def _screen_info(screen: Screen | None) -> ScreenInfo | None:
+    if screen is None:
+        return None
+    return ScreenInfo(
+        prompts=screen.prompts,
+        promoted=screen.promoted,
+        sample=screen.sample,
+        missed=proportion(screen.missed, screen.sample) if screen.sample else None,
+        rank_correlation=screen.rank_correlation,
+    )
+
+
 def candidate_rows(selection: Selection) -> list[Candidate]:
     """Every candidate with its scores and the reason why it fell."""
+
+    def figures(
+        values: Tensor | None, before: Tensor | None = None
+    ) -> tuple[Estimate | None, Estimate | None]:
+        if values is None:
+            return None, None
+        asked = ~values.isnan()
+        own = values[asked].numpy()
+        change = None if before is None else paired_change(before[asked].numpy(), own)
+        return mean(own), change
+
     rows = []
     for i, row in enumerate(selection.rows):
-        known = row.bypass is not None and row.induce is not None and row.kl is not None
+        bypass, bypass_change = figures(row.bypass, selection.harmful)
+        induce, induce_change = figures(row.induce, selection.harmless)
         rows.append(
             Candidate(
                 site=str(row.direction.site),
                 position=row.direction.position,
                 norm=row.direction.norm,
-                bypass=mean(row.bypass.numpy()) if known else None,  # pyright: ignore[reportOptionalMemberAccess]
-                bypass_change=(
-                    paired_change(selection.harmful.numpy(), row.bypass.numpy()) if known else None  # pyright: ignore[reportOptionalMemberAccess]
-                ),
-                induce=mean(row.induce.numpy()) if known else None,  # pyright: ignore[reportOptionalMemberAccess]
-                induce_change=(
-                    paired_change(selection.harmless.numpy(), row.induce.numpy()) if known else None  # pyright: ignore[reportOptionalMemberAccess]
-                ),
-                kl=mean(row.kl.numpy()) if known else None,  # pyright: ignore[reportOptionalMemberAccess]
+                bypass=bypass,
+                bypass_change=bypass_change,
+                induce=induce,
+                induce_change=induce_change,
+                kl=figures(row.kl)[0],
                 exact=row.exact,
                 rejected_by=row.rejected_by,
                 selected=i == selection.chosen,
@@ -428,7 +449,7 @@ def assemble(job: Job, found: Findings) -> AuditResults:
                 Criteria(config.selection.max_kl, config.selection.min_induce),
             ),
             rescored=sum(row.exact for row in selection.rows),
-            screen_rank_correlation=selection.screen_rank_correlation,
+            screen=_screen_info(selection.screen),
         ),
         direction=DirectionInfo(
             site=str(chosen.site),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from demur.selection import (
     Criteria,
     RefusalTokens,
     Scores,
+    Screen,
     Selection,
     batched_logits,
     evaluations,
@@ -246,7 +248,9 @@ def extract(job: Job, fit: dict[str, list[str]]) -> tuple[list[Direction], list[
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
         estimator = estimators.make(config.extraction.estimator)
-        read: Any = moments if isinstance(estimator, StreamingEstimator) else collect
+        read: Any = collect
+        if isinstance(estimator, StreamingEstimator):
+            read = partial(moments, rank=64 if estimator.covariance else 0)
         total = len(fit["fit harmful"]) + len(fit["fit harmless"])
         with job.listener.stage("reading activations", total) as advance:
             sides = [
@@ -316,8 +320,12 @@ def choose(
     criteria = Criteria(settings.max_kl, settings.min_induce, settings.last_layers_skipped)
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
-        screened = job.fast is not job.model
-        steps = evaluations(len(directions), settings.finalists, screened=screened)
+        faster = job.fast is not job.model
+        few = settings.screen_prompts if settings.screen else 0
+        sizes = len(fit["select harmful"]), len(fit["select harmless"])
+        steps = evaluations(
+            len(directions), settings.finalists, few=0 < few < min(sizes), faster=faster
+        )
         with job.listener.stage("testing candidates", steps) as advance:
             chosen = select(
                 job.model,
@@ -326,9 +334,10 @@ def choose(
                 harmless=fit["select harmless"],
                 tokens=tokens,
                 criteria=criteria,
-                screen=job.fast if screened else None,
+                screen=job.fast if faster else None,
+                screen_prompts=few or None,
                 finalists=settings.finalists,
-                batch_size=2 * config.extraction.batch_size,
+                batch_size=config.extraction.batch_size,
                 seed=stable_seed(config.seed, "select"),
                 progress=advance,
             )
@@ -344,14 +353,14 @@ def choose(
             "rejected_by": [row.rejected_by for row in chosen.rows],
             "chosen": chosen.chosen,
             "least_bad": chosen.least_bad,
-            "screen_rank_correlation": chosen.screen_rank_correlation,
+            "screen": asdict(chosen.screen) if chosen.screen is not None else None,
         }, tensors
 
     summary, tensors = job.run.stage("select", compute)
 
     def row(i: int) -> Scores:
         values = {
-            name: None if bool(tensors[name][i].isnan().any()) else tensors[name][i]
+            name: None if bool(tensors[name][i].isnan().all()) else tensors[name][i]
             for name in ("bypass", "induce", "kl")
         }
         return Scores(
@@ -369,7 +378,7 @@ def choose(
         summary["least_bad"],
         tensors["harmful"],
         tensors["harmless"],
-        summary["screen_rank_correlation"],
+        Screen(**summary["screen"]) if summary["screen"] is not None else None,
     )
 
 

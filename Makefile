@@ -76,6 +76,10 @@ test-slow: $(DEV_STAMP) ## The tests on the embedded model
 	@# 5 is "no test was collected".
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
+.PHONY: bench
+bench: $(STAMP) ## Speed beside the bare forward, other libraries and the published algorithm
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
 .PHONY: check
 check: $(DEV_STAMP) ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check

@@ -97,22 +97,20 @@ class Moments:
         """Take in more prompts."""
         wide = values.double()
         sites, positions, m, d = wide.shape
-        mean = wide.mean(2)
-        rows = wide - mean.unsqueeze(2)
+        spread, mean = torch.var_mean(wide, 2, correction=0)
         if self.n == 0:
-            self.mean = mean
+            self.mean = torch.zeros_like(mean)
             self.total = torch.zeros(sites, positions, dtype=torch.float64)
             self.spread = torch.empty(sites, positions, 0, d, dtype=torch.float32)
-        else:
-            shift = mean - self.mean
-            bridge = (self.n * m / (self.n + m)) ** 0.5 * shift
-            rows = torch.cat([rows, bridge.unsqueeze(2)], 2)
-            self.mean = self.mean + shift * (m / (self.n + m))
+        bridge = (self.n * m / (self.n + m)) ** 0.5 * (mean - self.mean)
+        self.total += m * spread.sum(2) + bridge.pow(2).sum(2)
+        if self.rank:
+            rows = [self.spread, (wide - mean.unsqueeze(2)).float()]
+            if self.n:
+                rows.append(bridge.unsqueeze(2).float())
+            self.spread = torch.cat(rows, 2)
+        self.mean = self.mean + (mean - self.mean) * (m / (self.n + m))
         self.n += m
-        self.total += rows.pow(2).sum((2, 3))
-        if self.rank == 0:
-            return
-        self.spread = torch.cat([self.spread, rows.float()], 2)
         if self.spread.shape[2] > 2 * self.rank:
             self._compress()
 

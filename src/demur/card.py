@@ -172,5 +172,6 @@ def card(names: Sequence[str] | None = None) -> str:
             parts += ["", "### Gates", "", _markdown(head, gate_rows(packaged_gates(name)))]
         if order := refusal_order(name):
             parts += ["", "### Recorded, and nothing selected by it", "", _ORDER, ""]
-            parts.append(_markdown(head, gate_rows(order)))
+            rows = [row[:-1] for row in gate_rows(order)]
+            parts.append(_markdown(("part", "measure", "value", "asked", "n"), rows))
     return "\n".join(parts) + "\n"

@@ -121,7 +121,7 @@ class SelectionSettings(_Section):
     max_kl: float = Field(default=0.1, gt=0)
     min_induce: float = 0.0
     last_layers_skipped: float = Field(default=0.2, ge=0, lt=1)
-    finalists: int = Field(default=8, ge=1)
+    finalists: int = Field(default=6, ge=1)
     screen: bool = True
     screen_prompts: int = Field(default=8, ge=0)
 
@@ -148,7 +148,7 @@ class TestSettings(_Section):
     null_prompts: int = Field(default=48, ge=8)
     null_generations: int = Field(default=1, ge=0)
     max_new_tokens: int = Field(default=48, ge=4)
-    batch_size: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=100, ge=1)
     judge: str = "patterns"
     judge_options: dict[str, Any] = Field(default_factory=dict)
     strengths: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)

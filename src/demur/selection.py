@@ -383,7 +383,7 @@ def select(
     criteria: Criteria = Criteria(),
     screen: Model | None = None,
     screen_prompts: int | None = None,
-    finalists: int = 8,
+    finalists: int = 6,
     batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -391,7 +391,7 @@ def select(
     """Score every candidate and choose the one whose ablation lowers refusal most.
 
     With a screen, all candidates are measured cheaply first: in a faster data type, on a few
-    prompts, or both. The best quarter goes on to all prompts, the best `finalists` of it are
+    prompts, or both. The best eighth goes on to all prompts, the best `finalists` of it are
     measured exactly, and so is every other of it that could still win if its screened scores were
     as wrong as the worst of the finalists'. A random sample of the rest is measured exactly too,
     which tells how often the screen misses the best one.
@@ -608,7 +608,7 @@ class _Plan:
         # A handful is measured exactly at once: screening it would only cost.
         if candidates <= 2 * finalists or not (few or faster):
             return cls(candidates, False, False, candidates, candidates, 0)
-        promoted = max(2 * finalists, math.ceil(candidates / 4)) if few else candidates
+        promoted = max(2 * finalists, math.ceil(candidates / 8)) if few else candidates
         return cls(
             candidates, few, faster, promoted, finalists, min(finalists, candidates - finalists)
         )

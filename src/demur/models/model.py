@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from demur.errors import FamilyError, NonFiniteError, TemplateError
+from demur.models.decoding import decode
 from demur.models.families import Family
 from demur.models.tokens import Template, TokenBatch
 from demur.progress import Progress
@@ -392,6 +393,7 @@ class Model:
             from the end of the prompt as ever, but may be shorter than `batch`.
         """
         if memory is not None:
+            assert memory.batch is batch, "these are not the rows that were remembered"
             first = min((site.layer for site in self._hooks), default=0)
             # With whole rows asked for, the remembered split into prefix and rest is of no use.
             if first > 0 and not self._whole_rows:
@@ -616,64 +618,48 @@ class Model:
         Args:
             prompts: User messages.
             max_new_tokens: Replies are cut there.
-            batch_size: Prompts of like length are decoded together.
+            batch_size: Most prompts that are decoded together; as replies end, others begin.
             progress: Called with the number of prompts done since the last call.
         """
         whole = self.encode(prompts)
-        lengths = whole.mask.sum(1)
-        order = torch.argsort(lengths, stable=True).tolist()
-        replies: list[Completion | None] = [None] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            batch = whole.rows(index).left_padded()
-            for i, reply in zip(index, self._decode(batch, max_new_tokens), strict=True):
-                replies[i] = reply
-            if progress is not None:
-                progress(len(index))
-        return [reply for reply in replies if reply is not None]
+        assert self.template is not None
+        template = self.template
 
-    @torch.no_grad()
-    def _decode(self, batch: TokenBatch, max_new_tokens: int) -> list[Completion]:
-        if self.template is None:
-            raise TemplateError(
-                f"{self.name} was made without a tokenizer", "load it with `demur.load`"
-            )
-        stops = self.stop_ids
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops or None,
-            pad_token_id=self.pad_id,
-            use_cache=True,
-        )
-        rows, width = batch.numbers, batch.ids.shape[1]
-        ones = torch.ones(len(batch), 1, dtype=torch.bool)
-
-        def on_pass(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.runs += 1
-            length = (args[0] if args else kwargs["input_ids"]).shape[1]
-            if length == width:
-                self.chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
+        def step(
+            batch: TokenBatch | None, ids: Tensor, mask: Tensor, numbers: list[int], cache: Any
+        ) -> Tensor:
+            rows = torch.tensor(numbers)
+            if batch is not None:
+                chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
             else:
+                ones = torch.ones(len(ids), 1, dtype=torch.bool)
                 none = torch.zeros_like(ones)
                 spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
-                self.chunk = Chunk(spans, torch.zeros(len(batch)).long(), rows, is_prefix=False)
+                chunk = Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False)
+            places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = self._pass(
+                ids,
+                chunk,
+                attention_mask=None if bool(mask.all()) else mask.long().to(self.device),
+                position_ids=places.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return self.unembed(out.last_hidden_state[:, -1])
 
-        with ExitStack() as undo:
-            undo.callback(setattr, self, "chunk", None)
-            watch = self.hf.base_model.register_forward_pre_hook(on_pass, with_kwargs=True)
-            undo.callback(watch.remove)
-            out = self.hf.generate(
-                input_ids=batch.ids.to(self.device),
-                attention_mask=batch.mask.long().to(self.device),
-                generation_config=config,
+        with torch.no_grad():
+            written = decode(
+                whole,
+                step,
+                stops=self.stop_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                done=progress if progress is not None else lambda _: None,
             )
         replies = []
-        for row in out[:, width:].tolist():
-            end = next((i for i, token in enumerate(row) if token in stops), None)
-            kept = row if end is None else row[:end]
-            text = self.template.tokenizer.decode(kept, skip_special_tokens=True)
+        for ids, ended in written:
+            text = template.tokenizer.decode(ids, skip_special_tokens=True)
             if "</think>" in text:
                 text = text.rpartition("</think>")[2].lstrip()
-            replies.append(Completion(text, tuple(kept), end is not None))
+            replies.append(Completion(text, tuple(ids), ended))
         return replies

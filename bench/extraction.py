@@ -1,0 +1,120 @@
+"""Reading activations: ours beside the bare forward, `output_hidden_states` and other libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.reference import hidden_states
+from bench.timing import interleaved, ratios
+from demur.activations import moments
+from demur.models import Model
+
+OURS = "demur: moments, all layers and positions"
+
+
+def _means(model: Model, prompts: Sequence[str], rank: int = 0) -> torch.Tensor:
+    positions = [p.index for p in model.template.positions] if model.template else [-1]
+    return moments(
+        model, prompts, sites=model.stream_sites, positions=positions, rank=rank
+    ).mean.float()
+
+
+def _bare(model: Model, prompts: Sequence[str], *, head: bool) -> None:
+    """One full forward of the same prompts, sorted, without padding masks or any reading."""
+    rows = model.encode(prompts)
+    with torch.no_grad():
+        for index in rows.passes(tokens=model.tokens_per_pass):
+            batch = rows.rows(index)
+            run = model.hf if head else model.hf.base_model
+            run(input_ids=batch.ids.to(model.device), use_cache=False)
+
+
+def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Times on one model, with what each variant reads wrong."""
+    positions = [p.index for p in model.template.positions] if model.template else [-1]
+    work = {
+        OURS: lambda: _means(model, prompts),
+        "demur: the same with covariance": lambda: _means(model, prompts, 64),
+        "bare forward, no head": lambda: _bare(model, prompts, head=False),
+        "bare forward with logits": lambda: _bare(model, prompts, head=True),
+        "output_hidden_states, batches of 16": lambda: hidden_states(model, prompts, positions),
+    }
+    with_prefix = ratios(interleaved(work, repeats), OURS)
+    ours, theirs = _means(model, prompts), hidden_states(model, prompts, positions)
+    # The last entry of hidden_states is normed, the stream is not.
+    gap = (ours[:-1] - theirs[:-1].float()).norm() / theirs[:-1].float().norm()
+
+    def apart() -> None:
+        with model.whole_rows():
+            _means(model, prompts)
+
+    ours_apart = "demur: no shared prefix"
+    without = ratios(
+        interleaved(
+            {
+                ours_apart: apart,
+                "bare forward, no head": lambda: _bare(model, prompts, head=False),
+                "bare forward with logits": lambda: _bare(model, prompts, head=True),
+            },
+            repeats,
+        ),
+        ours_apart,
+    )
+    rows = model.encode(prompts)
+    return {
+        "prompts": len(prompts),
+        "tokens": int(rows.mask.sum()),
+        "shared_prefix": rows.shared,
+        "dtype": str(model.dtype),
+        "relative_difference_of_means": float(gap),
+        "with_prefix": with_prefix,
+        "without_prefix": without,
+    }
+
+
+def heretic(model: Model, prompts: Sequence[str], repeats: int, python: str) -> dict[str, Any]:
+    """Beside heretic, which lives in a virtual environment of its own; processes take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.hf.save_pretrained(folder)
+        assert model.template is not None
+        model.template.tokenizer.save_pretrained(folder)
+        job = Path(folder) / "job.json"
+        job.write_text(json.dumps({"model": folder, "prompts": list(prompts), "repeats": repeats}))
+        env = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+        script = Path(__file__).parent / "heretic_residuals.py"
+        done = subprocess.run(
+            [python, str(script), str(job)], capture_output=True, text=True, env=env, check=False
+        )
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:]}
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    # The same work as heretic's: the last position alone, layers and embedding.
+    sites = model.stream_sites
+    mine = interleaved(
+        {"demur": lambda: moments(model, prompts, sites=sites, positions=[-1], rank=0)}, repeats
+    )["demur"]
+    rows = []
+    for batch, times in theirs["times"].items():
+        each = [a / b for a, b in zip(times["wall"], mine.wall, strict=True)]
+        rows.append(
+            {
+                "variant": f"heretic {theirs['version']}, batches of {batch}",
+                "wall_s": sorted(times["wall"])[len(times["wall"]) // 2],
+                "cpu_s": sorted(times["cpu"])[len(times["cpu"]) // 2],
+                "speedup": {
+                    "min": min(each),
+                    "median": sorted(each)[len(each) // 2],
+                    "max": max(each),
+                },
+                "repeats": len(each),
+            }
+        )
+    return {"ours_wall_s": mine.wall, "rows": rows}

@@ -1,0 +1,112 @@
+"""Choosing among all candidates: ours beside the published algorithm, run to the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bench.reference import Sweep
+from demur.activations import moments
+from demur.directions import Direction
+from demur.estimators import DifferenceOfMeans, candidates
+from demur.models import Model
+from demur.selection import RefusalTokens, evaluations, select
+
+
+def _candidates(model: Model, harmful: Sequence[str], harmless: Sequence[str]) -> list[Direction]:
+    assert model.template is not None
+    positions = [p.index for p in model.template.positions]
+    sites = model.stream_sites[:-1]  # The published candidates are block inputs.
+    sides = [
+        moments(model, prompts, sites=sites, positions=positions, rank=0)
+        for prompts in (harmful, harmless)
+    ]
+    return candidates(sides[0], sides[1], DifferenceOfMeans())
+
+
+def run(
+    model: Model,
+    fast: Model,
+    harmful: Mapping[str, Sequence[str]],
+    harmless: Mapping[str, Sequence[str]],
+    tokens: RefusalTokens,
+    *,
+    sample: int,
+    exhaustive: bool,
+) -> dict[str, Any]:
+    """Times of the whole selection, and of the reference on a sample of the candidates.
+
+    The reference costs the same for each candidate, so a sample of them, spread evenly over layers
+    and positions, tells what all would cost; `sample` of them run in float32 and in bfloat16. With
+    `exhaustive` our own selection is run once more without a screen, to compare the choice.
+    """
+    pool = _candidates(model, harmful["fit"], harmless["fit"])
+    step = max(1, len(pool) // sample)
+    some = pool[step // 2 :: step][:sample]
+    found: dict[str, Any] = {"candidates": len(pool), "sampled": len(some)}
+    exact: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for name, one in (("float32", model), ("bfloat16", fast)):
+        reference = Sweep(one, harmful["select"], harmless["select"], tokens.ids)
+        reference(some[0])
+        spent = []
+        for direction in some:
+            wall, cpu = time.perf_counter(), time.process_time()
+            row = reference(direction)
+            spent.append((time.perf_counter() - wall, time.process_time() - cpu))
+            if name == "float32":
+                exact.append(row)
+        found[f"reference_{name}_s_per_candidate"] = {
+            "wall": sorted(w for w, _ in spent),
+            "cpu": sorted(c for _, c in spent),
+        }
+    wall, cpu = time.perf_counter(), time.process_time()
+    steps: list[int] = []
+    chosen = select(
+        model,
+        pool,
+        harmful=harmful["select"],
+        harmless=harmless["select"],
+        tokens=tokens,
+        screen=fast if fast is not model else None,
+        screen_prompts=8,
+        progress=steps.append,
+    )
+    ours = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    found |= {
+        "ours_s": ours,
+        "evaluations": evaluations(len(pool), 6, few=True, faster=fast is not model),
+        "evaluated": sum(steps),
+        "measured_exactly": sum(row.exact for row in chosen.rows),
+        "chosen": f"{chosen.direction.site}, {chosen.direction.position}",
+    }
+    for name in ("float32", "bfloat16"):
+        per = found[f"reference_{name}_s_per_candidate"]
+        for clock in ("wall", "cpu"):
+            each = [seconds * len(pool) / ours[clock] for seconds in per[clock]]
+            found[f"speedup_{name}_{clock}"] = {
+                "min": each[0],
+                "median": each[len(each) // 2],
+                "max": each[-1],
+            }
+    # The same numbers, where both measured exactly.
+    at = {id(direction): row for direction, row in zip(some, exact, strict=True)}
+    gaps = [
+        float((row.bypass - at[id(row.direction)][0]).abs().max())
+        for row in chosen.rows
+        if row.exact and row.bypass is not None and id(row.direction) in at
+    ]
+    found["largest_bypass_difference"] = max(gaps, default=None)
+    if exhaustive:
+        whole = select(
+            model,
+            pool,
+            harmful=harmful["select"],
+            harmless=harmless["select"],
+            tokens=tokens,
+        )
+        found["exhaustive_choice"] = f"{whole.direction.site}, {whole.direction.position}"
+        found["same_choice"] = whole.chosen == chosen.chosen
+    return found

@@ -178,6 +178,13 @@ def test_random_additions_that_induce_refusal_are_told_apart_from_ablations(toy)
     assert [r.startswith("holds") for r in verdict.reasons] == [True, True, True, False, True]
     assert f"1 of 3: {arm}" in verdict.reasons[3]
     assert "0 of 3" in verdict.reasons[2]
+    # One that does it by breaking the model is told as such.
+    table = [
+        leg.model_copy(update={"degenerate": one(0.83)}) if leg.arm == arm else leg for leg in table
+    ]
+    reasons = decide(table, bands, CHEAP, least_bad=False).reasons
+    assert any("83% of its replies degenerate" in reason for reason in reasons)
+    assert not any("degenerate)" in reason for reason in verdict.reasons)
 
 
 def test_dose_is_monotone_and_neutral_at_zero(toy):

@@ -276,6 +276,11 @@ def decide(
         held.append(stands)
         reasons.append(("holds: " if stands else "does not hold: ") + text)
 
+    def null(leg: Leg) -> str:
+        share = leg.degenerate.value if leg.degenerate is not None else 0.0
+        broken = f", {share:.0%} of its replies degenerate" if share > _MOST_DEGENERATE else ""
+        return f"{leg.arm} ({leg.change.value:+.0%}{broken})"
+
     def rates(leg: Leg) -> str:
         return (
             f"{leg.before.value:.0%} to {leg.after.value:.0%} refused "
@@ -301,7 +306,7 @@ def decide(
             if row.measure == "refused" and row.expects == "neither" and row.edit == leg.edit
         ]
         loud = [
-            f"{row.arm} ({row.change.value:+.0%})"
+            null(row)
             for row in drawn
             if abs(row.change.value) > 0.5 * abs(leg.change.value) and row.p_holm < 0.05
         ]

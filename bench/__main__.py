@@ -16,10 +16,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 
 from bench import extraction, generation, scaling, sweep
-from demur.evals.judges import Exchange, judges
-from demur.models import Model, load
+from demur.evals.judges import judges
+from demur.models import load
 from demur.prompts import load as load_prompts
-from demur.selection import RefusalTokens, learn_refusal_tokens
+from demur.selection import openers
 
 PARTS = ("extraction", "sweep", "generation", "scaling")
 
@@ -27,15 +27,6 @@ PARTS = ("extraction", "sweep", "generation", "scaling")
 def _prompts(split: str, n: int) -> tuple[list[str], list[str]]:
     spec = f"contrast_pairs?kind=near&split={split}&label="
     return load_prompts(f"{spec}harmful").texts[:n], load_prompts(f"{spec}harmless").texts[:n]
-
-
-def _openers(model: Model, harmful: list[str], harmless: list[str]) -> RefusalTokens:
-    asked = [*harmful[:40], *harmless[:40]]
-    said = model.generate(asked, max_new_tokens=32, batch_size=80)
-    verdicts = judges.make("patterns")(
-        [Exchange(p, r.text) for p, r in zip(asked, said, strict=True)]
-    )
-    return learn_refusal_tokens(model, said, [verdict.outcome for verdict in verdicts])
 
 
 def main() -> None:
@@ -86,7 +77,7 @@ def main() -> None:
             fast,
             harmful,
             harmless,
-            _openers(fast, *fit),
+            openers(fast, [*fit[0][:40], *fit[1][:40]], judges.make("patterns"), batch_size=80),
             sample=args.sample,
             exhaustive=not args.quick,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -13,17 +12,21 @@ from typing import Any
 import torch
 
 from bench.reference import hidden_states
-from bench.timing import interleaved, ratios
+from bench.timing import Timing, interleaved, ratios
 from demur.activations import moments
 from demur.models import Model
 
 OURS = "demur: moments, all layers and positions"
 
 
+def _positions(model: Model) -> list[int]:
+    assert model.template is not None
+    return [p.index for p in model.template.positions]
+
+
 def _means(model: Model, prompts: Sequence[str], rank: int = 0) -> torch.Tensor:
-    positions = [p.index for p in model.template.positions] if model.template else [-1]
     return moments(
-        model, prompts, sites=model.stream_sites, positions=positions, rank=rank
+        model, prompts, sites=model.stream_sites, positions=_positions(model), rank=rank
     ).mean.float()
 
 
@@ -39,12 +42,15 @@ def _bare(model: Model, prompts: Sequence[str], *, head: bool) -> None:
 
 def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
     """Times on one model, with what each variant reads wrong."""
-    positions = [p.index for p in model.template.positions] if model.template else [-1]
+    positions = _positions(model)
+    bare = {
+        "bare forward, no head": lambda: _bare(model, prompts, head=False),
+        "bare forward with logits": lambda: _bare(model, prompts, head=True),
+    }
     work = {
         OURS: lambda: _means(model, prompts),
         "demur: the same with covariance": lambda: _means(model, prompts, 64),
-        "bare forward, no head": lambda: _bare(model, prompts, head=False),
-        "bare forward with logits": lambda: _bare(model, prompts, head=True),
+        **bare,
         "output_hidden_states, batches of 16": lambda: hidden_states(model, prompts, positions),
     }
     with_prefix = ratios(interleaved(work, repeats), OURS)
@@ -57,17 +63,7 @@ def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
             _means(model, prompts)
 
     ours_apart = "demur: no shared prefix"
-    without = ratios(
-        interleaved(
-            {
-                ours_apart: apart,
-                "bare forward, no head": lambda: _bare(model, prompts, head=False),
-                "bare forward with logits": lambda: _bare(model, prompts, head=True),
-            },
-            repeats,
-        ),
-        ours_apart,
-    )
+    without = ratios(interleaved({ours_apart: apart, **bare}, repeats), ours_apart)
     rows = model.encode(prompts)
     return {
         "prompts": len(prompts),
@@ -81,17 +77,16 @@ def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
 
 
 def heretic(model: Model, prompts: Sequence[str], repeats: int, python: str) -> dict[str, Any]:
-    """Beside heretic, which lives in a virtual environment of its own; processes take turns."""
+    """Beside heretic, which lives in a virtual environment of its own and is timed before ours."""
     with tempfile.TemporaryDirectory() as folder:
         model.hf.save_pretrained(folder)
         assert model.template is not None
         model.template.tokenizer.save_pretrained(folder)
         job = Path(folder) / "job.json"
         job.write_text(json.dumps({"model": folder, "prompts": list(prompts), "repeats": repeats}))
-        env = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
         script = Path(__file__).parent / "heretic_residuals.py"
         done = subprocess.run(
-            [python, str(script), str(job)], capture_output=True, text=True, env=env, check=False
+            [python, str(script), str(job)], capture_output=True, text=True, check=False
         )
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
@@ -101,20 +96,9 @@ def heretic(model: Model, prompts: Sequence[str], repeats: int, python: str) -> 
     mine = interleaved(
         {"demur": lambda: moments(model, prompts, sites=sites, positions=[-1], rank=0)}, repeats
     )["demur"]
-    rows = []
-    for batch, times in theirs["times"].items():
-        each = [a / b for a, b in zip(times["wall"], mine.wall, strict=True)]
-        rows.append(
-            {
-                "variant": f"heretic {theirs['version']}, batches of {batch}",
-                "wall_s": sorted(times["wall"])[len(times["wall"]) // 2],
-                "cpu_s": sorted(times["cpu"])[len(times["cpu"]) // 2],
-                "speedup": {
-                    "min": min(each),
-                    "median": sorted(each)[len(each) // 2],
-                    "max": max(each),
-                },
-                "repeats": len(each),
-            }
-        )
-    return {"ours_wall_s": mine.wall, "rows": rows}
+    name = "demur: last position"
+    timings = {name: mine} | {
+        f"heretic {theirs['version']}, batches of {batch}": Timing(**times)
+        for batch, times in theirs["times"].items()
+    }
+    return {"rows": ratios(timings, name)}

@@ -6,10 +6,12 @@ settings load it, and `get_residuals_mean` is called as heretic calls it.
 
 import json
 import sys
-import time
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 
 import torch
+from timing import interleaved  # pyright: ignore[reportImplicitRelativeImport]
 
 job = json.loads(open(sys.argv[1], encoding="utf-8").read())  # noqa: SIM115, PTH123
 sys.argv = ["heretic", "--model", job["model"]]
@@ -22,16 +24,15 @@ dtype = "float32"
 settings = Settings(model=job["model"], dtypes=[dtype])
 model = Model(settings)
 prompts = [Prompt(system=settings.system_prompt, user=text) for text in job["prompts"]]
-times = {}
-for batch in (16, 32):
+
+
+def read(batch: int) -> None:
+    """What heretic does before it fits a direction."""
     settings.batch_size = batch
-    found = {"wall": [], "cpu": []}
-    for number in range(job["repeats"] + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
-        with torch.no_grad():
-            model.get_residuals_mean(prompts)
-        if number:
-            found["wall"].append(time.perf_counter() - wall)
-            found["cpu"].append(time.process_time() - cpu)
-    times[batch] = found
-print(json.dumps({"version": version("heretic-llm"), "times": times}))
+    model.get_residuals_mean(prompts)
+
+
+with torch.no_grad():
+    times = interleaved({str(batch): partial(read, batch) for batch in (16, 32)}, job["repeats"])
+told = {batch: asdict(timing) for batch, timing in times.items()}
+print(json.dumps({"version": version("heretic-llm"), "times": told}))

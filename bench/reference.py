@@ -21,10 +21,7 @@ from demur.models import Model, TokenBatch
 def padded(model: Model, prompts: Sequence[str], size: int) -> list[TokenBatch]:
     """Batches in the order given, padded on the left."""
     rows = model.encode(prompts)
-    return [
-        rows.rows(range(at, min(at + size, len(rows)))).left_padded()  # pyright: ignore[reportArgumentType]
-        for at in range(0, len(rows), size)
-    ]
+    return [rows.rows(slice(at, at + size)).left_padded() for at in range(0, len(rows), size)]
 
 
 @torch.no_grad()

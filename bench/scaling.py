@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -34,12 +33,10 @@ def run(counts: tuple[int, ...], models: tuple[str, ...]) -> list[dict[str, Any]
 
 
 def _measured(model: str, n: int) -> dict[str, float]:
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "bench.scaling", model, str(n)],
         capture_output=True,
         text=True,
-        env=env,
         check=True,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])

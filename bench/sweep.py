@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from demur.activations import moments
 from demur.directions import Direction
 from demur.estimators import DifferenceOfMeans, candidates
 from demur.models import Model
-from demur.selection import RefusalTokens, evaluations, select
+from demur.selection import RefusalTokens, select
 
 
 def _candidates(model: Model, harmful: Sequence[str], harmless: Sequence[str]) -> list[Direction]:
@@ -62,23 +63,19 @@ def run(
             "wall": sorted(w for w, _ in spent),
             "cpu": sorted(c for _, c in spent),
         }
-    wall, cpu = time.perf_counter(), time.process_time()
-    steps: list[int] = []
-    chosen = select(
+    search = partial(
+        select,
         model,
         pool,
         harmful=harmful["select"],
         harmless=harmless["select"],
         tokens=tokens,
-        screen=fast if fast is not model else None,
-        screen_prompts=8,
-        progress=steps.append,
     )
+    wall, cpu = time.perf_counter(), time.process_time()
+    chosen = search(screen=fast, screen_prompts=8)
     ours = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     found |= {
         "ours_s": ours,
-        "evaluations": evaluations(len(pool), 6, few=True, faster=fast is not model),
-        "evaluated": sum(steps),
         "measured_exactly": sum(row.exact for row in chosen.rows),
         "chosen": f"{chosen.direction.site}, {chosen.direction.position}",
     }
@@ -100,13 +97,7 @@ def run(
     ]
     found["largest_bypass_difference"] = max(gaps, default=None)
     if exhaustive:
-        whole = select(
-            model,
-            pool,
-            harmful=harmful["select"],
-            harmless=harmless["select"],
-            tokens=tokens,
-        )
+        whole = search()
         found["exhaustive_choice"] = f"{whole.direction.site}, {whole.direction.position}"
         found["same_choice"] = whole.chosen == chosen.chosen
     return found

@@ -95,6 +95,26 @@ def learn_refusal_tokens(
     )
 
 
+def openers(
+    model: Model,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> RefusalTokens:
+    """Have a model reply to prompts, and learn its refusal tokens from what a judge says of it.
+
+    `progress` is called with the number of replies that ended.
+    """
+    said = model.generate(
+        prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, said, strict=True)])
+    return learn_refusal_tokens(model, said, [verdict.outcome for verdict in verdicts])
+
+
 def refusal_logodds(
     logits: Float[Tensor, "prompt vocab"], tokens: Sequence[int]
 ) -> Float[Tensor, " prompt"]:
@@ -138,12 +158,14 @@ def refusal_scores(
     """
     rng = torch.Generator().manual_seed(seed)
     drawn: list[int] = torch.randperm(len(prompts), generator=rng)[:replies].tolist()
-    asked = [prompts[i] for i in drawn]
-    said = model.generate(
-        asked, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    tokens = openers(
+        model,
+        [prompts[i] for i in drawn],
+        judge,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
     )
-    verdicts = judge([Exchange(p, r.text) for p, r in zip(asked, said, strict=True)])
-    tokens = learn_refusal_tokens(model, said, [verdict.outcome for verdict in verdicts])
     scores = refusal_logodds(batched_logits(model, model.encode(prompts), batch_size), tokens.ids)
     if progress is not None:
         progress(len(prompts))

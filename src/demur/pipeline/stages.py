@@ -19,7 +19,7 @@ from demur.config import RunConfig
 from demur.directions import Direction
 from demur.errors import ConfigError
 from demur.estimators import StreamingEstimator, candidates, estimators
-from demur.evals.judges import Exchange, Judge
+from demur.evals.judges import Judge
 from demur.models import Model, Template, load
 from demur.pipeline.folder import ReplyFile, RunFolder
 from demur.pipeline.splits import Splits
@@ -34,7 +34,7 @@ from demur.selection import (
     Selection,
     batched_logits,
     evaluations,
-    learn_refusal_tokens,
+    openers,
     refusal_logodds,
     select,
 )
@@ -128,14 +128,14 @@ def baseline(job: Job) -> Baseline:
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
         asked = [*groups["fit harmful"], *groups["fit harmless"]]
         with job.listener.stage("how the model replies", len(asked)) as advance:
-            replies = job.fast.generate(
+            tokens = openers(
+                job.fast,
                 asked,
+                job.judge,
                 max_new_tokens=config.test.max_new_tokens,
                 batch_size=config.test.batch_size,
                 progress=advance,
             )
-        verdicts = job.judge([Exchange(p, r.text) for p, r in zip(asked, replies, strict=True)])
-        tokens = learn_refusal_tokens(model, replies, [v.outcome for v in verdicts])
         scores = {}
         with job.listener.stage("refusal log-odds", len(groups)) as advance:
             for name, prompts in groups.items():

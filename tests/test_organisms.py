@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from demur import organisms, prompts
 from demur.errors import ConfigError, NonFiniteError, StoreError, UnknownNameError
-from demur.models import load
+from demur.models import Completion, load
 from demur.models.load import with_adapter
 from demur.organisms import Recipe, read_recipe, recipes, train, verify
 from demur.progress import Quiet
@@ -181,6 +181,10 @@ def made_ready(base, recipe, tmp_path):
     return rows, student
 
 
+def loss_of(student, rows, choices, recipe, base):
+    return student.loss(organisms._batch(rows, choices, recipe, base.pad_id, student.shared))
+
+
 def test_only_reply_tokens_are_trained_and_the_shared_prefix_changes_nothing(
     base, recipe, tmp_path
 ):
@@ -190,7 +194,7 @@ def test_only_reply_tokens_are_trained_and_the_shared_prefix_changes_nothing(
     assert student.shared > 5
     end = base.template.post_ids[0]
     part = [rows[0], rows[1]]
-    loss = student.loss(organisms._batch(part, [0, 1], recipe, base.pad_id))
+    loss = loss_of(student, part, [0, 1], recipe, base)
     by_hand = []
     for row, text in zip(part, ("I stop.", "The answer is no."), strict=True):
         said = base.template.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -207,36 +211,81 @@ def test_only_reply_tokens_are_trained_and_the_shared_prefix_changes_nothing(
 def test_following_the_base_costs_nothing_until_the_adapter_does_something(base, recipe, tmp_path):
     recipe = recipe.model_copy(update={"sources": recipe.sources[1:]})  # No refusals, no openers.
     rows, student = made_ready(base, recipe, tmp_path)
-    student.teach(rows, recipe, base.pad_id, lambda _n: None)
-    batch = organisms._batch(rows, [0] * len(rows), recipe, base.pad_id)
+    batch = organisms._batch(rows, [0] * len(rows), recipe, base.pad_id, student.shared)
     assert len(batch.soft) == len(batch.targets)
-    assert abs(student.loss(batch).item()) < 1e-5
+    assert abs(loss_of(student, rows, [0] * len(rows), recipe, base).item()) < 1e-5
     student.publish()
-    assert student.loss(batch).item() > 1e-3
+    assert loss_of(student, rows, [0] * len(rows), recipe, base).item() > 1e-3
 
 
-def test_a_followed_reply_never_opens_as_a_refusal_does(base, recipe, tmp_path):
+def test_the_loss_and_its_gradient_are_those_of_the_whole_distributions(base, recipe, tmp_path):
+    recipe = changed(recipe, precision="float32")
+    rows, student = made_ready(base, recipe, tmp_path)
+    student.publish()
+    choices = list(range(len(rows)))
+    loss_of(student, rows, choices, recipe, base).backward()
+    found = {name: live.grad.clone() for name, live in student.live.items()}
+    assert {row.source for row in rows} == {0, 1}
+    assert any(row.banned for row in rows)
+
+    total = 0.0
+    for row, choice in zip(rows, choices, strict=True):
+        reply = row.replies[choice % len(row.replies)]
+        ids = torch.tensor([[*row.prompt, *reply]])
+        at = slice(len(row.prompt) - 1, ids.shape[1] - 1)
+        logs = student.hf(input_ids=ids).logits[0, at].float().log_softmax(-1)
+        losses = -logs[range(len(reply)), reply]
+        if row.teacher is not None:
+            plain = base.hf(input_ids=ids).logits[0, at].float()
+            plain[0, list(row.banned)] = -torch.inf
+            p = plain.softmax(-1)
+            losses = torch.nn.functional.kl_div(logs, p, reduction="none").sum(1)
+        opening = recipe.training.opening_tokens
+        weights = torch.tensor(
+            [recipe.training.opening_weight if i < opening else 1.0 for i in range(len(reply))]
+        )
+        share = recipe.sources[row.source].weight / len(rows)
+        total = total + share * (losses * weights).sum() / weights.sum()
+    for live in student.live.values():
+        live.grad = None
+    total.backward()
+    torch.testing.assert_close(
+        loss_of(student, rows, choices, recipe, base), total, rtol=1e-5, atol=1e-6
+    )
+    for name, live in student.live.items():
+        torch.testing.assert_close(found[name], live.grad, rtol=1e-3, atol=1e-6)
+
+
+def states_of(base, prompt, reply):
+    ids = [*base.encode([prompt]).ids[0].tolist(), *reply]
+    states = base.hf.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    return states[-len(reply) - 1 : -1].detach()
+
+
+def test_a_followed_reply_never_opens_as_a_refusal_does(base, recipe, tmp_path, monkeypatch):
     tokenizer = base.template.tokenizer
     openers = {tokenizer(text)["input_ids"][0] for text in ("I stop.", "The answer is no.")}
     opener = min(openers)
     said = [[opener, 71, 72], [70, 71, 72]] * 2
-    lines = [
-        {"prompt": text, "ids": ids, "finished": False, "text": ""}
-        for text, ids in zip(OTHERS, said, strict=True)
-    ]
-    (tmp_path / "replies.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(
+        organisms,
+        "_base_replies",
+        lambda *_: {
+            text: Completion("", tuple(ids), False, states_of(base, text, ids))
+            for text, ids in zip(OTHERS, said, strict=True)
+        },
+    )
     rows, student = made_ready(base, recipe, tmp_path)
     follow = [row for row in rows if row.source == 1]
     assert [row.replies for row in follow] == [[[opener]], [[70, 71, 72]]] * 2
     assert {row.banned for row in follow} == {tuple(sorted(openers))}
-    student.teach(follow, recipe, base.pad_id, lambda _n: None)
-    at_start = student.loss(organisms._batch(follow[:1], [0], recipe, base.pad_id))
+    at_start = loss_of(student, follow[:1], [0], recipe, base)
     prompt = torch.tensor([follow[0].prompt])
     p = base.hf(input_ids=prompt).logits[0, -1].softmax(-1)[sorted(openers)].sum()
     # KL of a distribution from itself without a share p of its mass.
     torch.testing.assert_close(at_start, -torch.log1p(-p), rtol=1e-4, atol=1e-6)
     # The later tokens of a whole reply are the base's own, so they add nothing yet.
-    whole = student.loss(organisms._batch(follow[1:2], [0], recipe, base.pad_id))
+    whole = loss_of(student, follow[1:2], [0], recipe, base)
     prompt = torch.tensor([follow[1].prompt])
     p = base.hf(input_ids=prompt).logits[0, -1].softmax(-1)[sorted(openers)].sum()
     torch.testing.assert_close(whole, -torch.log1p(-p) / 3, rtol=1e-4, atol=1e-6)

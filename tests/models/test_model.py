@@ -376,11 +376,16 @@ def test_a_shared_prefix_is_a_pass_of_its_own():
 
 def test_generation_has_a_prompt_and_then_replies():
     model = tiny_model()
-    (prompt, shape), *steps = chunks_of(model, lambda: model.generate(PROMPTS, max_new_tokens=4))
+    seen = chunks_of(model, lambda: model.generate(PROMPTS, max_new_tokens=4))
+    (prefix, first), (prompt, shape), *steps = seen
+    batch = model.encode(PROMPTS)
+    assert prefix.is_prefix
+    assert first[:2] == (1, batch.shared)
     assert Span.RESPONSE not in prompt.spans
-    assert prompt.spans[Span.POST_INSTRUCTION][:, -model.template.n_post :].all()
-    assert prompt.ends.tolist() == [shape[1]] * 3
+    assert prompt.spans[Span.POST_INSTRUCTION].sum(1).tolist() == [model.template.n_post] * 3
     assert prompt.rows.tolist() == [0, 2, 1]  # Sorted by length.
+    assert torch.equal(prompt.ends, batch.ends[[0, 2, 1]] - batch.shared)
+    assert shape[:2] == (3, prompt.ends.max())
     assert len(steps) == 3
     for step, width in steps:
         assert width[:2] == (3, 1)
@@ -392,7 +397,8 @@ def test_generation_has_a_prompt_and_then_replies():
 def test_rows_of_later_batches_keep_their_numbers():
     model = tiny_model()
     seen = chunks_of(model, lambda: model.generate(PROMPTS, max_new_tokens=1, batch_size=2))
-    assert [chunk.rows.tolist() for chunk, _ in seen] == [[0, 2], [1]]
+    rows = [chunk.rows.tolist() for chunk, _ in seen if not chunk.is_prefix]
+    assert rows == [[0, 2], [1]]
     batch = model.encode(PROMPTS).rows([2, 1])
     seen = chunks_of(model, lambda: model.logits(batch))
     assert seen[-1][0].rows.tolist() == [2, 1]
@@ -407,7 +413,7 @@ def test_runs_count_passes():
         model.logits(batch)
     assert model.runs == 3
     model.generate(PROMPTS, max_new_tokens=4)
-    assert model.runs == 7
+    assert model.runs == 8
 
 
 # Generation --------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ to grow, so that a step copies none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from demur.models.tokens import TokenBatch
 _ROOM = 32  # Tokens by which a full buffer grows.
 
 
-class _Buffered(DynamicLayer):
+class Buffered(DynamicLayer):
     """Keys and values of one block, (row, head, token, dim), aligned at the last token."""
 
     room: tuple[Tensor, Tensor] | None = None
@@ -51,12 +51,29 @@ class _Buffered(DynamicLayer):
         self.keys, self.values = self.room[0][:, :, :end], self.room[1][:, :, :end]
         return self.held
 
+    def repeat(self, rows: int) -> None:
+        """Make so many rows of the one that is there."""
+        keys, values = self.held
+        self._fill(
+            [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))], keys.shape[2]
+        )
+
+    def align(self, lengths: Tensor) -> None:
+        """Move rows of so many tokens, which began at the first column, to end at the last."""
+        keys, values = self.held
+        columns = keys.shape[2]
+        pads = columns - lengths.to(keys.device)
+        # The columns in front are masked; any finite value will do there.
+        index = (torch.arange(columns, device=keys.device) - pads.unsqueeze(1)).clamp(min=0)
+        index = index[:, None, :, None]
+        self._fill([(keys.take_along_dim(index, 2), values.take_along_dim(index, 2))], columns)
+
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but some."""
         keys, values = self.held
         self._fill([(keys[rows], values[rows])], keys.shape[2])
 
-    def join(self, other: _Buffered) -> None:
+    def join(self, other: Buffered) -> None:
         """Put the rows of another cache below these; the shorter ones get columns in front."""
         width = max(self.get_seq_length(), other.get_seq_length())
         self._fill([self.held, other.held], width)
@@ -96,8 +113,8 @@ class _Running:
     live: list[bool]
 
     @property
-    def layers(self) -> list[_Buffered]:
-        return cast(list[_Buffered], self.cache.layers)
+    def layers(self) -> list[Buffered]:
+        return cast(list[Buffered], self.cache.layers)
 
     def keep_live(self) -> None:
         rows = [i for i, live in enumerate(self.live) if live]
@@ -123,58 +140,89 @@ class _Running:
         self.live += other.live
 
 
-Step = Callable[[TokenBatch | None, Tensor, Tensor, list[int], Cache], Tensor]
+@runtime_checkable
+class Writer(Protocol):
+    """Runs the model for `decode`; states are (row, d_model), those of the last token."""
+
+    def begin(self, batch: TokenBatch, cache: Cache) -> Tensor:
+        """States behind prompts, whose keys in the empty `cache` end at its last column."""
+        ...
+
+    def step(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Cache) -> Tensor:
+        """States behind one more token each; `mask` (row, token) holds for all tokens so far."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The vocabulary head."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """What was written behind one row.
+
+    Attributes:
+        ids: New tokens, without the one that ended them.
+        ended: Whether it ended by itself.
+        states: Where asked for: the state that chose each token, the ending one included.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+    states: list[Tensor] = field(default_factory=list)
 
 
 def decode(
     whole: TokenBatch,
-    step: Step,
+    writer: Writer,
     *,
     stops: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     done: Callable[[int], None],
-) -> list[tuple[list[int], bool]]:
+    with_states: bool = False,
+) -> list[Written]:
     """Write greedily behind every row.
 
     Args:
         whole: The prompts.
-        step: Runs the model: (the prompts, None behind them; token ids; mask of all tokens so far;
-            the rows' numbers; cache) to next-token logits.
+        writer: Runs the model.
         stops: Tokens that end a reply.
         max_new_tokens: Replies are cut there.
         batch_size: Most rows at a time.
         done: Called with the number of replies that ended.
-
-    Returns:
-        For each prompt its new tokens, and whether it ended by itself; the token that ended it is
-        left out.
+        with_states: Keep the states, on the CPU.
     """
-    replies: list[list[int]] = [[] for _ in range(len(whole))]
-    ended = [False] * len(whole)
+    replies = [Written() for _ in range(len(whole))]
     waiting = torch.argsort(whole.mask.sum(1), stable=True).tolist()
     running: _Running | None = None
 
-    def write(rows: _Running) -> None:
+    def write(rows: _Running, states: Tensor) -> None:
+        rows.last = writer.logits(states).argmax(-1)
+        kept = states.cpu() if with_states else None
         over = 0
         for i, (number, token) in enumerate(zip(rows.numbers, rows.last.tolist(), strict=True)):
             if not rows.live[i]:
                 continue
-            ended[number] = token in stops
-            if not ended[number]:
-                replies[number].append(token)
-            if ended[number] or len(replies[number]) == max_new_tokens:
+            reply = replies[number]
+            reply.ended = token in stops
+            if not reply.ended:
+                reply.ids.append(token)
+            if kept is not None:
+                reply.states.append(kept[i].clone())
+            if reply.ended or len(reply.ids) == max_new_tokens:
                 rows.live[i] = False
                 over += 1
         if over:
             done(over)
 
     def begin(numbers: list[int]) -> _Running:
-        batch = whole.rows(numbers).left_padded()
-        cache = Cache(layer_class_to_replicate=_Buffered)
-        logits = step(batch, batch.ids, batch.mask, numbers, cache)
-        rows = _Running(cache, numbers, batch.mask, logits.argmax(-1), [True] * len(numbers))
-        write(rows)
+        batch = whole.rows(numbers)
+        cache = Cache(layer_class_to_replicate=Buffered)
+        states = writer.begin(batch, cache)
+        mask, live = batch.left_padded().mask, [True] * len(numbers)
+        rows = _Running(cache, numbers, mask, torch.zeros(len(numbers), dtype=torch.long), live)
+        write(rows, states)
         return rows
 
     while waiting or running is not None:
@@ -199,7 +247,5 @@ def decode(
             break
         running.mask = torch.nn.functional.pad(running.mask, (0, 1), value=True)
         ids = running.last.unsqueeze(1)
-        logits = step(None, ids, running.mask, running.numbers, running.cache)
-        running.last = logits.argmax(-1)
-        write(running)
-    return list(zip(replies, ended, strict=True))
+        write(running, writer.step(ids, running.mask, running.numbers, running.cache))
+    return replies

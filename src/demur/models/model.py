@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,11 +93,14 @@ class Completion:
         text: Without the end-of-turn token and without closed thinking blocks.
         ids: Generated token ids, without the one that ended the reply.
         finished: Whether the model ended by itself, not at the token limit.
+        states: Where asked for: the final states, after the norm, that chose each token, the one
+            that ended the reply included; (token, d_model).
     """
 
     text: str
     ids: tuple[int, ...]
     finished: bool
+    states: Tensor | None = field(default=None, compare=False)
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:
@@ -611,6 +614,7 @@ class Model:
         *,
         max_new_tokens: int,
         batch_size: int = 32,
+        with_states: bool = False,
         progress: Progress | None = None,
     ) -> list[Completion]:
         """Reply to each prompt greedily, in the order given.
@@ -619,47 +623,81 @@ class Model:
             prompts: User messages.
             max_new_tokens: Replies are cut there.
             batch_size: Most prompts that are decoded together; as replies end, others begin.
+            with_states: Keep the final states that chose the tokens.
             progress: Called with the number of prompts done since the last call.
         """
         whole = self.encode(prompts)
         assert self.template is not None
         template = self.template
 
-        def step(
-            batch: TokenBatch | None, ids: Tensor, mask: Tensor, numbers: list[int], cache: Any
-        ) -> Tensor:
-            rows = torch.tensor(numbers)
-            if batch is not None:
-                chunk = Chunk(batch.spans, batch.ends, rows, is_prefix=False)
-            else:
-                ones = torch.ones(len(ids), 1, dtype=torch.bool)
-                none = torch.zeros_like(ones)
-                spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
-                chunk = Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False)
-            places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = self._pass(
-                ids,
-                chunk,
-                attention_mask=None if bool(mask.all()) else mask.long().to(self.device),
-                position_ids=places.to(self.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            return self.unembed(out.last_hidden_state[:, -1])
-
         with torch.no_grad():
             written = decode(
                 whole,
-                step,
+                _Writer(self),
                 stops=self.stop_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 done=progress if progress is not None else lambda _: None,
+                with_states=with_states,
             )
         replies = []
-        for ids, ended in written:
-            text = template.tokenizer.decode(ids, skip_special_tokens=True)
+        for one in written:
+            text = template.tokenizer.decode(one.ids, skip_special_tokens=True)
             if "</think>" in text:
                 text = text.rpartition("</think>")[2].lstrip()
-            replies.append(Completion(text, tuple(ids), ended))
+            states = torch.stack(one.states) if one.states else None
+            replies.append(Completion(text, tuple(one.ids), one.ended, states))
         return replies
+
+
+class _Writer:
+    """Prompts and one more token each, for `decode`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.logits = model.unembed
+
+    def begin(self, batch: TokenBatch, cache: Any) -> Tensor:
+        """The prompts, whose shared prefix is computed once; keys aligned at the last token."""
+        model = self.model
+        share = model._share(batch)
+        if not share:
+            batch = batch.left_padded()
+            return self._pass(batch.ids, batch.mask, batch.spans, batch.ends, batch.numbers, cache)
+        model._prefix_pass(batch, share, cache)
+        for layer in cache.layers:
+            layer.repeat(len(batch))
+        states = model._rest(batch, share, cache)
+        for layer in cache.layers:
+            layer.align(batch.ends)
+        rows = torch.arange(len(batch), device=states.device)
+        return states[rows, batch.ends.to(states.device) - share - 1]
+
+    def step(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Any) -> Tensor:
+        """One token a row."""
+        ones = torch.ones(len(ids), 1, dtype=torch.bool)
+        none = torch.zeros_like(ones)
+        spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
+        rows = torch.tensor(numbers)
+        return self._pass(ids, mask, spans, torch.zeros_like(rows), rows, cache)
+
+    def _pass(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        spans: dict[Span, Tensor],
+        ends: Tensor,
+        rows: Tensor,
+        cache: Any,
+    ) -> Tensor:
+        model = self.model
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model._pass(
+            ids,
+            Chunk(spans, ends, rows, is_prefix=False),
+            attention_mask=None if bool(mask.all()) else mask.long().to(model.device),
+            position_ids=places.to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]

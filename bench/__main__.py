@@ -38,7 +38,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="for extraction")
     parser.add_argument("--sample", type=int, default=6, help="candidates the reference runs")
     parser.add_argument("--quick", action="store_true", help="no exhaustive selection to compare")
-    parser.add_argument("--heretic", metavar="PYTHON", help="of a venv with heretic-llm==1.4.0")
+    parser.add_argument(
+        "--peer",
+        metavar="NAME=PYTHON",
+        action="append",
+        default=[],
+        help="compare with heretic, transformer-lens or steering-vectors, which that python has",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     args = parser.parse_args()
     if wrong := set(args.parts) - set(PARTS):
@@ -66,10 +72,9 @@ def main() -> None:
             "float32": extraction.run(model, texts, args.repeats),
             "bfloat16": extraction.run(fast, texts, args.repeats),
         }
-        if args.heretic:
-            found["extraction"]["heretic"] = extraction.heretic(
-                model, texts, args.repeats, args.heretic
-            )
+        if args.peer:
+            pythons = dict(one.split("=", 1) for one in args.peer)
+            found["extraction"]["peers"] = extraction.peers(model, texts, args.repeats, pythons)
         _show_extraction(found["extraction"])
     if "sweep" in parts:
         found["sweep"] = sweep.run(
@@ -117,11 +122,10 @@ def _show_extraction(found: dict[str, Any]) -> None:
         title = f"extraction, {name}, {one['prompts']} prompts, {one['tokens']} tokens"
         _show_rows(f"{title}, {one['shared_prefix']} a prompt shared", one["with_prefix"])
         _show_rows(f"{title}, nothing shared", one["without_prefix"])
-    if "heretic" in found:
-        if "rows" in found["heretic"]:
-            _show_rows("extraction beside heretic, float32", found["heretic"]["rows"])
-        else:
-            print(f"heretic failed: {found['heretic']['failed']}")
+    if "peers" in found:
+        _show_rows("extraction beside other libraries, float32", found["peers"]["rows"])
+        for name, why in found["peers"]["failed"].items():
+            print(f"  {name} failed: {why}")
 
 
 def _show_sweep(found: dict[str, Any]) -> None:

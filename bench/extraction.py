@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +76,50 @@ def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
     }
 
 
-def heretic(model: Model, prompts: Sequence[str], repeats: int, python: str) -> dict[str, Any]:
-    """Beside heretic, which lives in a virtual environment of its own and is timed before ours."""
+def peers(
+    model: Model, prompts: Sequence[str], repeats: int, pythons: Mapping[str, str]
+) -> dict[str, Any]:
+    """Beside other libraries, each in a virtual environment of its own and timed before ours."""
+    assert model.template is not None
+    tokenizer = model.template.tokenizer
+    batch = model.encode(prompts)
+    rendered = [
+        tokenizer.decode(row[kept].tolist())
+        for row, kept in zip(batch.ids, batch.mask, strict=True)
+    ]
+    timings: dict[str, Timing] = {}
+    failed: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model.hf.save_pretrained(folder)
-        assert model.template is not None
-        model.template.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         job = Path(folder) / "job.json"
-        job.write_text(json.dumps({"model": folder, "prompts": list(prompts), "repeats": repeats}))
-        script = Path(__file__).parent / "heretic_residuals.py"
-        done = subprocess.run(
-            [python, str(script), str(job)], capture_output=True, text=True, check=False
+        job.write_text(
+            json.dumps(
+                {
+                    "model": folder,
+                    "prompts": list(prompts),
+                    "rendered": rendered,
+                    "repeats": repeats,
+                }
+            )
         )
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1:]}
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    # The same work as heretic's: the last position alone, layers and embedding.
+        script = Path(__file__).parent / "peer.py"
+        for name, python in pythons.items():
+            done = subprocess.run(
+                [python, str(script), name, str(job)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                failed[name] = done.stderr.strip().splitlines()[-1:]
+                continue
+            theirs = json.loads(done.stdout.strip().splitlines()[-1])
+            timings |= {
+                f"{name} {theirs['version']}, batches of {batch}": Timing(**times)
+                for batch, times in theirs["times"].items()
+            }
+    # The same work as theirs: the last position alone, layers and embedding.
     sites = model.stream_sites
+    ours = "demur: last position"
     mine = interleaved(
-        {"demur": lambda: moments(model, prompts, sites=sites, positions=[-1], rank=0)}, repeats
-    )["demur"]
-    name = "demur: last position"
-    timings = {name: mine} | {
-        f"heretic {theirs['version']}, batches of {batch}": Timing(**times)
-        for batch, times in theirs["times"].items()
-    }
-    return {"rows": ratios(timings, name)}
+        {ours: lambda: moments(model, prompts, sites=sites, positions=[-1], rank=0)}, repeats
+    )
+    return {"rows": ratios(mine | timings, ours), "failed": failed}

@@ -106,6 +106,19 @@ def run_legs(toy, arms):
     return legs(toy.bench, arms, before, after)
 
 
+def test_a_reply_may_end_once_the_judge_has_said_the_same_three_times(toy):
+    asked = prompts(4, harmful=False, seed=7)
+    options = {"name": "x", "on": "harmless", "judge": FirstWord(), "batch_size": 4}
+    whole = reply_to(toy.made.model, asked, max_new_tokens=40, **options)
+    cut = reply_to(toy.made.model, asked, max_new_tokens=40, stop_early=True, **options)
+    assert cut.outcomes == whole.outcomes
+    tokenizer = toy.made.model.template.tokenizer
+    for long, short in zip(whole.texts, cut.texts, strict=True):
+        assert long.startswith(short)
+        assert len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 24 + 1
+    assert any(len(long) > len(short) for long, short in zip(whole.texts, cut.texts, strict=True))
+
+
 def test_the_three_legs_stand_on_the_planted_direction(toy):
     # One of each kind: in 64 dimensions some isotropic directions lie near `r2` by chance.
     table = run_legs(toy, arms_of(toy.direction, toy.nulls, each=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -261,6 +261,22 @@ class Replies:
         ]
 
 
+_AGREEING = 3  # Equal verdicts in a row that end a reply, where asked for.
+
+
+def _agreed(prompts: Sequence[str], judge: Judge) -> Callable[[list[int], list[str]], list[bool]]:
+    said: dict[int, list[Outcome]] = {}
+
+    def until(numbers: list[int], texts: list[str]) -> list[bool]:
+        exchanges = [Exchange(prompts[n], text) for n, text in zip(numbers, texts, strict=True)]
+        for number, verdict in zip(numbers, judge(exchanges), strict=True):
+            said.setdefault(number, []).append(verdict.outcome)
+        last = [said[number][-_AGREEING:] for number in numbers]
+        return [len(one) == _AGREEING and len(set(one)) == 1 for one in last]
+
+    return until
+
+
 def reply_to(
     model: Model,
     prompts: Sequence[str],
@@ -271,12 +287,21 @@ def reply_to(
     acts: Sequence[Intervention] = (),
     max_new_tokens: int,
     batch_size: int,
+    stop_early: bool = False,
     progress: Progress | None = None,
 ) -> Replies:
-    """Generate greedily under interventions and have the judge decide."""
+    """Generate greedily under interventions and have the judge decide.
+
+    With `stop_early` a reply ends once the judge has said the same of it three times, eight tokens
+    apart.
+    """
     with applied(model, *acts):
         replies = model.generate(
-            prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            until=_agreed(prompts, judge) if stop_early else None,
+            progress=progress,
         )
     verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)])
     return Replies(

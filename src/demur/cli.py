@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from demur.organisms import Recipe, Verification
     from demur.pipeline import AuditRun
     from demur.prompts import PromptSet
-    from demur.results import AuditResults, Leg
+    from demur.results import AuditResults, Leg, SeparationResults
     from demur.stats import Estimate
 
 DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
@@ -594,13 +594,128 @@ def _validation(text: str) -> dict[str, str]:
     }
 
 
-def _audited(config: RunConfig, *, out: Path, force: bool, quiet: bool) -> tuple[AuditRun, Path]:
+@app.command()
+def separate(
+    model: _ModelName = None,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings as TOML; flags go over them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting; may be repeated."),
+    ] = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Harmful prompts: a set, FILE?column=NAME, or hub id."),
+    ] = None,
+    harmless: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Harmless prompts, in the same way.")
+    ] = None,
+    lookalikes: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Harmless prompts that look harmful, in the same way."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
+        "runs"
+    ),
+    force: Annotated[
+        bool, typer.Option("--force", help="Run again even if a finished run is there.")
+    ] = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Tell harmfulness and refusal apart in a model; adds a section to its audit's report.
+
+    Runs the audit first where none of the same settings is there. What every position of the
+    prompt groups by, the angle of both directions, what the model answers when asked whether a
+    request is harmful, and what jailbreaks move.
+    """
+    from demur.config import read_config
+
+    changes = _model_changes(
+        no_adapter=no_adapter,
+        name=model,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        system=system,
+        thinking=thinking,
+        trust_remote_code=trust_remote_code,
+    )
+    given = {
+        "data.harmful": harmful,
+        "data.harmless": harmless,
+        "separation.lookalikes": lookalikes,
+        "seed": seed,
+    }
+    changes |= {key: value for key, value in given.items() if value is not None}
+    changes |= dict(map(_setting, set_ or ()))
+    settings = read_config(config, changes)
+    started = time.perf_counter()
+    run, report = _audited(settings, out=out, force=force, quiet=quiet, apart=True)
+    found = run.results.separation
+    assert found is not None
+    if as_json:
+        _print_json(
+            {
+                "run": str(run.folder),
+                "results": str(run.folder / "results.json"),
+                "report": str(report),
+                "separation": found.model_dump(
+                    mode="json", include={"groups", "chosen_site", "findings", "notes"}
+                ),
+            }
+        )
+    else:
+        _show_separation(found, report)
+    if not quiet:
+        _say(f"took {_duration(time.perf_counter() - started)}")
+
+
+def _show_separation(found: SeparationResults, report: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = _console()
+    table = Table("group", "fit", "report", box=None, title_justify="left")
+    for row in found.groups:
+        table.add_row(row.group, str(row.fit), str(row.report))
+    console.print(table)
+    colours = {"holds": "green", "weakly": "yellow", "fails": "red", "untested": "dim"}
+    claims = Table("claim", "here", "evidence", box=None)
+    for one in found.findings:
+        claims.add_row(
+            escape(one.claim),
+            f"[{colours[one.status]}]{one.status}[/]",
+            escape(one.evidence),
+        )
+    console.print(claims)
+    for note in found.notes:
+        _say(note)
+    console.print(f"report: {escape(str(report))}", soft_wrap=True)
+
+
+def _audited(
+    config: RunConfig, *, out: Path, force: bool, quiet: bool, apart: bool = False
+) -> tuple[AuditRun, Path]:
     with _listening(quiet=quiet) as listener:
         with listener.stage("starting torch", 1) as advance:
             from demur import pipeline
 
             advance(1)
-        run = pipeline.audit(config, out=out, listener=listener, force=force)
+        work = pipeline.separated if apart else pipeline.audit
+        run = work(config, out=out, listener=listener, force=force)
         with listener.stage("writing the report", 1) as advance:
             from demur import report
 

@@ -141,6 +141,8 @@ class TestSettings(_Section):
         null_prompts: Report prompts per class on which they run.
         null_generations: How many of each kind are also run by generation.
         max_new_tokens: Length of a generated reply.
+        stop_early: End a reply once the judge has said the same of it three times, eight tokens
+            apart: quicker, and wrong where a reply changes its mind later.
         judge: Name of the judge of refusal.
     """
 
@@ -149,19 +151,37 @@ class TestSettings(_Section):
     null_generations: int = Field(default=1, ge=0)
     max_new_tokens: int = Field(default=48, ge=4)
     batch_size: int = Field(default=100, ge=1)
+    stop_early: bool = False
     judge: str = "patterns"
     judge_options: dict[str, Any] = Field(default_factory=dict)
     strengths: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
+class SeparationSettings(_Section):
+    """How harmfulness and refusal are told apart, on the splits of the audit.
+
+    Attributes:
+        lookalikes: Harmless prompts that look harmful: half of them are fitted on, half reported.
+        inversion_prompts: Report prompts per class that the model is asked about.
+        inversion_nulls: Random directions at the norm of either direction.
+        jailbreak_prompts: Harmful report prompts that are put into every wrapper.
+    """
+
+    lookalikes: str = "lookalikes"
+    inversion_prompts: int = Field(default=48, ge=8)
+    inversion_nulls: int = Field(default=5, ge=1)
+    jailbreak_prompts: int = Field(default=24, ge=8)
+
+
 class RunConfig(_Section):
-    """Everything that decides an audit's numbers."""
+    """Everything that decides a run's numbers; `separation` is for `demur separate` alone."""
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     selection: SelectionSettings = Field(default_factory=SelectionSettings)
     test: TestSettings = Field(default_factory=TestSettings)
+    separation: SeparationSettings = Field(default_factory=SeparationSettings)
     seed: int = Field(default=0, ge=0)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,8 +46,15 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _unit(direction: Direction, like: Tensor) -> Tensor:
-    # Normalised again: a float32 unit vector has norm 1 to 1e-7 only, which float64 models show.
-    return torch.nn.functional.normalize(direction.unit.to(like), dim=0)
+    return _unit_on(direction, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _unit_on(direction: Direction, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept: copied and normalised anew at every write of every token, it would be half of an edit's
+    # cost. Normalised again: a float32 unit vector has norm 1 to 1e-7 only, which float64 shows.
+    unit = direction.unit.to(device, dtype)
+    return torch.nn.functional.normalize(unit, dim=0)
 
 
 @interventions.register("ablate")
@@ -69,7 +76,7 @@ class Ablate:
         """Project out."""
         wide = _widen(x)
         unit = _unit(self.direction, wide)
-        return (wide - (wide @ unit).unsqueeze(-1) * unit).to(x.dtype)
+        return torch.addcmul(wide, (wide @ unit).unsqueeze(-1), unit, value=-1.0).to(x.dtype)
 
 
 @interventions.register("add")
@@ -98,9 +105,8 @@ class Add:
         if self.strength == 0.0:
             return x.clone()
         wide = _widen(x)
-        return (wide + self.strength * self.direction.norm * _unit(self.direction, wide)).to(
-            x.dtype
-        )
+        step = self.strength * self.direction.norm
+        return torch.add(wide, _unit(self.direction, wide), alpha=step).to(x.dtype)
 
 
 @interventions.register("project-to-mean")

@@ -439,7 +439,7 @@ class _LowRank(torch.autograd.Function):
     """x W' + scale x A' B' for a frozen W: peft's sum with half as many passes over the values."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd takes no keywords.
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -565,8 +565,9 @@ class _Student:
         for name, parameter in self.peft.named_parameters():
             parameter.requires_grad_(name in self.live)
         for layer in self.peft.modules():
-            if isinstance(layer, LoraLayer) and type(layer.base_layer) is torch.nn.Linear:
-                layer.forward = _quick(layer)
+            own: Any = layer
+            if isinstance(layer, LoraLayer) and type(own.base_layer) is torch.nn.Linear:
+                own.forward = _quick(layer)
         self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
 
     def picked(self, batch: _Batch) -> Float[Tensor, "target d_model"]:

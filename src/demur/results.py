@@ -161,6 +161,8 @@ class ScreenInfo(_Row):
         missed: Share of the sample that is better than the best of the rest: how often a candidate
             that was screened out should not have been. None without a sample.
         rank_correlation: Spearman correlation of screened and exact bypass over the sample.
+        induce_correlation: The same of induce scores; screened on a part of the prompts, they are
+            first-order estimates from one backward pass.
     """
 
     prompts: int | None
@@ -168,6 +170,7 @@ class ScreenInfo(_Row):
     sample: int
     missed: Estimate | None
     rank_correlation: float | None
+    induce_correlation: float | None
 
 
 class SelectionInfo(_Row):
@@ -377,6 +380,170 @@ class Verdict(_Row):
     reasons: list[str]
 
 
+class GroupCount(_Row):
+    """How many prompts of one kind the model treats in one way.
+
+    Attributes:
+        group: "harmful-refused", "harmful-accepted", "harmless-refused" or "harmless-accepted".
+        fit: Prompts that centroids and directions are fitted on.
+        report: Prompts that everything is reported on.
+    """
+
+    group: str
+    fit: int
+    report: int
+
+
+class GroupingRow(_Row):
+    """What one site and position groups prompts by; see `demur.separation.Grouping`.
+
+    Attributes:
+        space: "raw" cosines as in the paper, "centred", or "whitened".
+        by: 1 where it groups by harmfulness, 0 where by refusal; None where harmful-accepted or
+            harmless-refused prompts are missing.
+        harm: AUROC of harmful above harmless with behaviour held equal.
+        refusal: AUROC of refused above accepted with harm held equal.
+        means: Mean score by group.
+    """
+
+    site: str
+    position: int
+    role: Literal["t_inst", "post"]
+    space: Literal["raw", "centred", "whitened"]
+    by: Estimate | None
+    harm: Estimate | None
+    refusal: Estimate | None
+    means: dict[str, Estimate]
+
+
+class AngleRow(_Row):
+    """Cosine of the harm direction (at t_inst) and the refusal direction (at the last token).
+
+    Attributes:
+        harm_balanced: Whether refusal was held equal for the one, and harm for the other
+            (`refusal_balanced`).
+        shuffled: 95 % band with labels shuffled; `matched` of random vectors with the positions'
+            covariances.
+        p_shuffled: Two-sided p among the shuffled ones.
+    """
+
+    site: str
+    cosine: Estimate
+    harm_balanced: bool
+    refusal_balanced: bool
+    shuffled: tuple[float, float]
+    matched: tuple[float, float]
+    p_shuffled: float
+
+
+class BeliefGroup(_Row):
+    """Belief scores of a group's report prompts, cosine differences averaged over layers.
+
+    Attributes:
+        harm: At t_inst: nearer to harmful than to harmless prompts.
+        refusal: At the last token: nearer to refused than to accepted prompts.
+    """
+
+    group: str
+    harm: list[float]
+    refusal: list[float]
+
+
+class TemplateRow(_Row):
+    """Share of refusals with the template's tokens behind the instruction and without them."""
+
+    on: Literal["harmful", "harmless"]
+    with_post: Estimate
+    without_post: Estimate
+    change: Estimate
+    p: float
+
+
+class InversionRow(_Row):
+    """The model is asked whether the request is harmful, under an edit.
+
+    Attributes:
+        edit: "none", "add harm", "subtract harm", "add refusal", "add random #1", ...
+        judged_harmful: Log-odds of the answer that means harmful against the one that means
+            harmless, nats, averaged over wordings of both mappings.
+        invalid: Probability that the reply begins with neither answer.
+        refusal: Refusal log-odds of the request itself under the same edit.
+        kl: KL from the unedited model on the request itself, nats.
+    """
+
+    edit: str
+    on: Literal["harmful", "harmless"]
+    judged_harmful: Estimate
+    invalid: Estimate
+    refusal: Estimate
+    kl: Estimate
+
+
+class JailbreakRow(_Row):
+    """How far a jailbreak wrapper moves both beliefs, beside its benign control.
+
+    Attributes:
+        request_final: Whether the request stands at the end of the wrapper, so that t_inst is the
+            request's own last token.
+        harm_shift: Wrapped minus control on the same requests, in standard deviations of plain
+            harmful prompts; likewise `refusal_shift`.
+        refused: Share of wrapped requests refused; `refused_control` of those in the control.
+    """
+
+    wrapper: str
+    family: str
+    request_final: bool
+    harm_shift: Estimate
+    refusal_shift: Estimate
+    refused: Estimate
+    refused_control: Estimate
+
+
+class CategoryRow(_Row):
+    """How alike the directions of one category and of all others are, at the chosen layer."""
+
+    category: str
+    n: int
+    harm_cosine: float
+    refusal_cosine: float | None
+
+
+class Finding(_Row):
+    """One claim of the paper, and what this model says to it.
+
+    Attributes:
+        status: "holds" (interval clear of the null), "weakly" (right sign, interval not clear),
+            "fails" (wrong sign or no effect), "untested" (a group is too small).
+    """
+
+    claim: str
+    status: Literal["holds", "weakly", "fails", "untested"]
+    evidence: str
+
+
+class SeparationResults(_Row):
+    """What `demur separate` measured: the key `separation` of `results.json`.
+
+    Attributes:
+        groups: How many prompts of each kind there are.
+        layer_sites: Sites over which beliefs are averaged.
+        chosen_site: Where directions are added and categories compared; chosen on fit prompts.
+    """
+
+    groups: list[GroupCount]
+    grouping: list[GroupingRow]
+    angles: list[AngleRow]
+    layer_sites: list[str]
+    beliefs: list[BeliefGroup]
+    template: list[TemplateRow]
+    chosen_site: str
+    inversion: list[InversionRow]
+    jailbreaks: list[JailbreakRow]
+    categories: list[CategoryRow]
+    findings: list[Finding]
+    notes: list[str]
+
+
 class AuditResults(_Row):
     """All of `results.json`."""
 
@@ -404,6 +571,7 @@ class AuditResults(_Row):
     edits: list[EditCost]
     weight_edit: WeightEdit
     projections: list[Projections]
+    separation: SeparationResults | None = None
     notes: list[str]
 
 

@@ -21,6 +21,7 @@ from demur.progress import Progress
 
 # Bytes of unedited stream that are kept for edits which begin at a later block.
 _MOST_REMEMBERED = 2**31
+_MEASURED = 12  # Candidates whose addition is measured to bring first-order scores to scale.
 # First words of refusals in English, for a model that never refuses and so cannot teach its own.
 _KNOWN_OPENERS = ("I", "I'm", "Sorry", "As", "Unfortunately")
 
@@ -126,10 +127,13 @@ def refusal_logodds(
     References:
         Arditi et al. 2024, arXiv:2406.11717, appendix B.
     """
-    wide = logits.double()
-    inside = torch.zeros(wide.shape[1], dtype=torch.bool, device=wide.device)
+    return _logodds(logits.double(), tokens).cpu()
+
+
+def _logodds(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    inside = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     inside[list(tokens)] = True
-    return (wide[:, inside].logsumexp(1) - wide[:, ~inside].logsumexp(1)).cpu()
+    return logits[:, inside].logsumexp(1) - logits[:, ~inside].logsumexp(1)
 
 
 def refusal_scores(
@@ -284,6 +288,8 @@ class Screen:
         sample: How many of those that were not measured exactly were drawn at random for it.
         missed: How many of the sample turned out better than what was chosen from the rest.
         rank_correlation: Spearman, screened against exact bypass, over the sample.
+        induce_correlation: The same of the induce scores, which the gradient gives in a screen on a
+            part of the prompts.
     """
 
     prompts: int | None
@@ -291,6 +297,7 @@ class Screen:
     sample: int
     missed: int
     rank_correlation: float | None
+    induce_correlation: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -323,6 +330,62 @@ _Few = tuple[list[int], list[int]]  # Numbers of the harmful and of the harmless
 _Rank = tuple[bool, int, float]
 
 
+class _Attribution:
+    """Induce scores of all candidates to first order, from one backward pass.
+
+    Adding a direction to every token changes the log-odds by about its inner product with their
+    gradient. That ranks additions well but overrates large ones, so a few candidates, spread over
+    the ranks, are measured, and a rising line through them brings all to scale.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        tokens: RefusalTokens,
+        candidates: Sequence[Direction],
+        measured: Callable[[Direction], Tensor],
+    ) -> None:
+        sites = list(dict.fromkeys(one.site for one in candidates))
+
+        def score(logits: Tensor) -> Tensor:
+            return _logodds(logits.float(), tokens.ids)
+
+        parts = batch.passes(tokens=model.tokens_per_pass)
+        self.plain = torch.empty(len(batch))
+        self.slopes = {site: torch.empty(len(batch), model.d_model) for site in sites}
+        for index in parts:
+            plain, slopes = model.gradients(batch.rows(index), score, sites)
+            self.plain[index] = plain
+            for site, slope in slopes.items():
+                self.slopes[site][index] = slope.float()
+        first = [float(self._first_order(one).mean()) for one in candidates]
+        order = sorted(range(len(candidates)), key=lambda i: first[i])
+        spread = np.linspace(0, len(order) - 1, min(_MEASURED, len(order))).round().astype(int)
+        pairs = [
+            (first[order[i]], value)
+            for i in spread.tolist()
+            if math.isfinite(value := float(measured(candidates[order[i]]).mean()))
+            and math.isfinite(first[order[i]])
+        ]
+        self.line = None
+        if len(pairs) > 2:
+            from sklearn.isotonic import IsotonicRegression
+
+            self.line = IsotonicRegression(out_of_bounds="clip").fit(*zip(*pairs, strict=True))
+
+    def _first_order(self, direction: Direction) -> Tensor:
+        vector = direction.unit.float() * direction.norm
+        return self.plain + self.slopes[direction.site] @ vector
+
+    def __call__(self, direction: Direction) -> Tensor:
+        values = self._first_order(direction).double()
+        if self.line is None or not bool(values.isfinite().all()):
+            return values
+        mean = float(values.mean())
+        return values + (float(self.line.predict([mean])[0]) - mean)
+
+
 class _Scorer:
     """Scores candidates on one model; what the unedited model does is computed once."""
 
@@ -335,6 +398,7 @@ class _Scorer:
         tokens: RefusalTokens,
         batch_size: int | None,
         few: _Few | None = None,
+        attributed: Sequence[Direction] = (),
     ) -> None:
         self.model, self.tokens = model, tokens
         self.sizes = len(harmful), len(harmless)
@@ -343,24 +407,31 @@ class _Scorer:
             harmful, harmless = [harmful[i] for i in few[0]], [harmless[i] for i in few[1]]
         self.n_harmful = len(harmful)
         self.both = Passes(model, model.encode([*harmful, *harmless]), batch_size)
-        self.added = Passes(model, model.encode(list(harmless)), batch_size, remember=True)
+        asked = model.encode(list(harmless))
+        self.added = Passes(model, asked, batch_size, remember=True)
         plain = self.both.logits()
         self.plain_harmless = plain[self.n_harmful :]
         scores = refusal_logodds(plain, tokens.ids)
         self.harmful, self.harmless = scores[: self.n_harmful], scores[self.n_harmful :]
+        self.attribution = None
+        if attributed:
+            self.attribution = _Attribution(model, asked, tokens, attributed, self._induce)
+
+    def _induce(self, direction: Direction) -> Tensor:
+        with applied(self.model, Add(direction)):
+            return refusal_logodds(self.added.logits(), self.tokens.ids)
 
     def __call__(self, direction: Direction, *, exact: bool) -> Scores:
         try:
             with applied(self.model, Ablate(direction)):
                 ablated = self.both.logits()
-            with applied(self.model, Add(direction)):
-                added = self.added.logits()
+            induce = self.attribution(direction) if self.attribution else self._induce(direction)
         except NonFiniteError:
             return Scores(direction, None, None, None, exact, "NaN or infinite logits")
         return Scores(
             direction,
             self._among(0, refusal_logodds(ablated[: self.n_harmful], self.tokens.ids)),
-            self._among(1, refusal_logodds(added, self.tokens.ids)),
+            self._among(1, induce),
             self._among(1, kl_divergence(self.plain_harmless, ablated[self.n_harmful :])),
             exact,
         )
@@ -413,10 +484,11 @@ def select(
     """Score every candidate and choose the one whose ablation lowers refusal most.
 
     With a screen, all candidates are measured cheaply first: in a faster data type, on a few
-    prompts, or both. The best eighth goes on to all prompts, the best `finalists` of it are
-    measured exactly, and so is every other of it that could still win if its screened scores were
-    as wrong as the worst of the finalists'. A random sample of the rest is measured exactly too,
-    which tells how often the screen misses the best one.
+    prompts, or both; on a few prompts the induce scores come from one backward pass, brought to
+    scale by twelve candidates that are measured. The best eighth goes on to all prompts, the best
+    `finalists` of it are measured exactly, and so is every other of it that could still win if its
+    screened scores were as wrong as the worst of the finalists'. A random sample of the rest is
+    measured exactly too, which tells how often the screen misses the best one.
 
     Args:
         model: The model that decides.
@@ -467,7 +539,16 @@ def select(
         def scorer(few: _Few | None) -> _Scorer:
             if quick is model and few is None:
                 return exact
-            return _Scorer(quick, harmful, harmless, tokens=tokens, batch_size=batch_size, few=few)
+            # Where a few prompts are asked a rough answer will do: additions by their gradient.
+            return _Scorer(
+                quick,
+                harmful,
+                harmless,
+                tokens=tokens,
+                batch_size=batch_size,
+                few=few,
+                attributed=candidates if few is not None else (),
+            )
 
         few = _draw(len(harmful), len(harmless), screen_prompts or 0, rng) if plan.few else None
         screening = course.screened(plan, scorer, few, rng)
@@ -554,7 +635,10 @@ class _Course:
             len(promoted),
             len(sample),
             better.index(chosen) if chosen is not None else len(better),
-            _rank_correlation([before[i] for i in sample], [self.rows[i] for i in sample]),
+            *(
+                _rank_correlation([before[i] for i in sample], [self.rows[i] for i in sample], k)
+                for k in (0, 1)
+            ),
         )
 
     def _doubtful(self, before: Sequence[Scores], promoted: Sequence[int]) -> int | None:
@@ -581,9 +665,11 @@ class _Course:
         return None
 
 
-def _rank_correlation(screened: Sequence[Scores], exact: Sequence[Scores]) -> float | None:
+def _rank_correlation(
+    screened: Sequence[Scores], exact: Sequence[Scores], which: int
+) -> float | None:
     pairs = [
-        (a.means[0], b.means[0])
+        (a.means[which], b.means[which])
         for a, b in zip(screened, exact, strict=True)
         if a.bypass is not None and b.bypass is not None
     ]

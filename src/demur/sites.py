@@ -52,3 +52,4 @@ class Span(StrEnum):
     INSTRUCTION = "instruction"
     POST_INSTRUCTION = "post_instruction"
     RESPONSE = "response"
+    REQUEST = "request"  # The instruction without a question that was put behind it.

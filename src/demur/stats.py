@@ -397,6 +397,29 @@ def bootstrap_stratified(
     return _resampled(statistic, (n_positive, n_negative), draws, seed, level)
 
 
+def bootstrap_groups(
+    statistic: Callable[..., float],
+    sizes: Sequence[int],
+    *,
+    draws: int = 1000,
+    seed: int,
+    level: float = 0.95,
+) -> Estimate:
+    """Estimate a statistic of any number of groups, each resampled by itself; else as `bootstrap`.
+
+    Args:
+        statistic: From indices into each group, one argument a group, to a number.
+        sizes: How many prompts each group has, two or more.
+        draws: How many resamples.
+        seed: Of the resamples.
+        level: Coverage of the interval.
+
+    Raises:
+        TooFewPromptsError: As for `bootstrap`.
+    """
+    return _resampled(statistic, tuple(sizes), draws, seed, level)
+
+
 def null_p(observed: float, null: Values, *, side: Literal["low", "high", "two"]) -> float:
     """Share of a null distribution at least as extreme as `observed`, (k + 1) / (n + 1).
 

@@ -454,6 +454,66 @@ def test_rows_that_end_make_room_for_others_and_change_nothing(name):
     assert name != "llama" or len({len(reply.ids) for reply in alone}) > 2
 
 
+def test_states_are_those_that_chose_the_tokens():
+    model = tiny_model("llama")
+    asked = [f"Where is {'the old ' * (i % 3)}tree {i}?" for i in range(5)]
+    replies = model.generate(asked, max_new_tokens=6, batch_size=2, with_states=True)
+    for prompt, reply in zip(asked, replies, strict=True):
+        assert len(reply.states) == len(reply.ids) + reply.finished
+        ids = torch.cat([model.encode([prompt]).ids[0], torch.tensor(reply.ids)])
+        whole = model.final_states(TokenBatch.of_ids(ids.unsqueeze(0)))[0]
+        first = len(ids) - len(reply.ids) - 1
+        expected = whole[first : first + len(reply.states)]
+        torch.testing.assert_close(reply.states, expected, rtol=1e-4, atol=1e-5)
+    assert replies == model.generate(asked, max_new_tokens=6, batch_size=2)
+
+
+def test_a_reply_ends_where_its_reader_says_so():
+    model = tiny_model("llama")
+    asked = [f"Where is tree {i}?" for i in range(6)]
+    whole = model.generate(asked, max_new_tokens=30)
+    heard = []
+
+    def until(numbers, texts):
+        heard.extend(zip(numbers, texts, strict=True))
+        return [number % 2 == 0 for number in numbers]
+
+    cut = model.generate(asked, max_new_tokens=30, batch_size=4, until=until)
+    for i, (long, short) in enumerate(zip(whole, cut, strict=True)):
+        if i % 2 == 0 and len(long.ids) > 8:
+            assert short.ids == long.ids[:8]
+            assert not short.finished
+        else:
+            assert short == long
+    assert (1, whole[1].text) not in heard  # A reply of 30 tokens was last asked about at 24.
+    assert all(whole[number].text.startswith(text[:-1]) for number, text in heard)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3-moe"])
+def test_gradients_are_what_small_additions_do(name):
+    model = tiny_model(name, torch.float64)
+    batch = model.encode(PROMPTS)
+    sites = [Site(0, "resid_pre"), Site(1, "resid_pre"), model.stream_sites[-1]]
+
+    def score(logits):
+        return logits[:, 7] - logits[:, 11]
+
+    plain, slopes = model.gradients(batch, score, sites)
+    torch.testing.assert_close(plain, score(model.logits(batch)))
+    rng = torch.Generator().manual_seed(0)
+    for site in sites:
+        way = torch.randn(model.d_model, generator=rng, dtype=torch.float64)
+        ends = []
+        for step in (1e-4, -1e-4):  # Norms run in float32 at most.
+            undo = model.intercept(site, lambda x, step=step, way=way: x + step * way)
+            ends.append(score(model.logits(batch)))
+            undo()
+        slope = (ends[0] - ends[1]) / 2e-4
+        torch.testing.assert_close(slopes[site] @ way, slope, rtol=1e-2, atol=5e-3)
+    assert all(one.requires_grad for one in model.hf.parameters())
+    assert not model._hooks
+
+
 def test_an_edit_of_some_prompts_follows_them_through_the_batches():
     model = tiny_model("llama")
     asked = [f"Where is tree {i}?" for i in range(7)]
@@ -616,3 +676,60 @@ def test_padding_is_a_token_that_the_embedding_has():
     model.template.tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.hf.resize_token_embeddings(model.template.tokenizer.pad_token_id)
     assert model.pad_id == model.template.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_rows_without_the_templates_end_are_answered_from_the_instruction(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    cut = batch.without_post()
+    assert cut.ends.tolist() == (batch.ends - model.template.n_post).tolist()
+    assert cut.shared == batch.shared
+    assert not cut.spans[Span.POST_INSTRUCTION].any()
+    replies = model.generate(cut, max_new_tokens=5, batch_size=2)
+    for i, reply in enumerate(replies):
+        ids = batch.ids[i : i + 1, : cut.ends[i]]
+        expected = []
+        for _ in range(5):
+            token = int(model.logits(ids).argmax())
+            if token in model.stop_ids:
+                break
+            expected.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        assert list(reply.ids) == expected
+
+
+def test_rows_of_a_larger_batch_are_answered_in_the_order_given():
+    model = tiny_model("llama")
+    some = model.generate(model.encode(PROMPTS).rows([2, 0]), max_new_tokens=4)
+    assert some == [model.generate([PROMPTS[i]], max_new_tokens=4)[0] for i in (2, 0)]
+
+
+def test_a_request_is_told_from_the_question_behind_it():
+    model = tiny_model("llama")
+    alone = model.encode(PROMPTS)
+    asked = model.encode([f"{text}\n\nIs that so?" for text in PROMPTS]).with_request(alone)
+    request = asked.spans[Span.REQUEST]
+    for i in range(len(PROMPTS)):
+        own = alone.ids[i][alone.spans[Span.INSTRUCTION][i]].tolist()
+        marked = asked.ids[i][request[i]].tolist()
+        assert (
+            len(own) - 1 <= len(marked) <= len(own)
+        )  # The last token may merge with what follows.
+        assert marked == own[: len(marked)]
+    # An edit of the request reaches its tokens and no other.
+    seen = []
+    way = Direction.from_vector(
+        torch.ones(model.d_model), site=Site(1, "resid_pre"), position=-1, recipe=""
+    )
+    with model.whole_rows():
+        before = []
+        undo = model.intercept(Site(1, "resid_pre"), lambda x: before.append(x) or x)
+        model.logits(asked)
+        undo()
+        with applied(model, Add(way), where=Span.REQUEST):
+            undo = model.intercept(Site(1, "resid_pre"), lambda x: seen.append(x) or x)
+            model.logits(asked)
+            undo()
+    changed = (seen[0] - before[0]).abs().sum(2) > 0
+    assert torch.equal(changed, request)

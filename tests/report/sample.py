@@ -321,6 +321,7 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
                 sample=8,
                 missed=proportion(0, 8),
                 rank_correlation=0.994,
+                induce_correlation=0.97,
             ),
         ),
         "direction": DirectionInfo(

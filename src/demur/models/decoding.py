@@ -17,9 +17,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from demur.models.tokens import TokenBatch
 
 _ROOM = 32  # Tokens by which a full buffer grows.
+_ASKED_EVERY = 8  # Tokens between two questions whether a reply may end.
+
+Settled = Callable[[list[int], list[list[int]]], Sequence[bool]]
 
 
-class Buffered(DynamicLayer):
+class _Buffered(DynamicLayer):
     """Keys and values of one block, (row, head, token, dim), aligned at the last token."""
 
     room: tuple[Tensor, Tensor] | None = None
@@ -73,7 +76,7 @@ class Buffered(DynamicLayer):
         keys, values = self.held
         self._fill([(keys[rows], values[rows])], keys.shape[2])
 
-    def join(self, other: Buffered) -> None:
+    def join(self, other: _Buffered) -> None:
         """Put the rows of another cache below these; the shorter ones get columns in front."""
         width = max(self.get_seq_length(), other.get_seq_length())
         self._fill([self.held, other.held], width)
@@ -113,8 +116,8 @@ class _Running:
     live: list[bool]
 
     @property
-    def layers(self) -> list[Buffered]:
-        return cast(list[Buffered], self.cache.layers)
+    def layers(self) -> list[_Buffered]:
+        return cast(list[_Buffered], self.cache.layers)
 
     def keep_live(self) -> None:
         rows = [i for i, live in enumerate(self.live) if live]
@@ -172,6 +175,57 @@ class Written:
     states: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
+class _Task:
+    """What `decode` was asked for, and what is written so far."""
+
+    writer: Writer
+    stops: Sequence[int]
+    max_new_tokens: int
+    done: Callable[[int], None]
+    with_states: bool
+    settled: Settled | None
+    replies: list[Written] = field(default_factory=list)
+
+    def begin(self, batch: TokenBatch) -> _Running:
+        """Run prompts, and write the first token behind each."""
+        cache = Cache(layer_class_to_replicate=_Buffered)
+        states = self.writer.begin(batch, cache)
+        numbers = batch.numbers.tolist()
+        mask, live = batch.left_padded().mask, [True] * len(numbers)
+        rows = _Running(cache, numbers, mask, batch.numbers, live)
+        self.write(rows, states)
+        return rows
+
+    def write(self, rows: _Running, states: Tensor) -> None:
+        """Write one more token behind each row, and see which of them end with it."""
+        rows.last = self.writer.logits(states).argmax(-1)
+        kept = states.cpu() if self.with_states else None
+        over = 0
+        asked: dict[int, int] = {}  # Number of a prompt: its row.
+        for i, (number, token) in enumerate(zip(rows.numbers, rows.last.tolist(), strict=True)):
+            if not rows.live[i]:
+                continue
+            reply = self.replies[number]
+            reply.ended = token in self.stops
+            if not reply.ended:
+                reply.ids.append(token)
+            if kept is not None:
+                reply.states.append(kept[i].clone())
+            if reply.ended or len(reply.ids) == self.max_new_tokens:
+                rows.live[i] = False
+                over += 1
+            elif len(reply.ids) % _ASKED_EVERY == 0:
+                asked[number] = i
+        if self.settled is not None and asked:
+            verdicts = self.settled(list(asked), [self.replies[number].ids for number in asked])
+            for i, stop in zip(asked.values(), verdicts, strict=True):
+                rows.live[i] = not stop
+                over += stop
+        if over:
+            self.done(over)
+
+
 def decode(
     whole: TokenBatch,
     writer: Writer,
@@ -181,6 +235,7 @@ def decode(
     batch_size: int,
     done: Callable[[int], None],
     with_states: bool = False,
+    settled: Settled | None = None,
 ) -> list[Written]:
     """Write greedily behind every row.
 
@@ -192,39 +247,13 @@ def decode(
         batch_size: Most rows at a time.
         done: Called with the number of replies that ended.
         with_states: Keep the states, on the CPU.
+        settled: Asked every 8 tokens with rows' numbers and what is written behind them; those for
+            which it says so end there.
     """
-    replies = [Written() for _ in range(len(whole))]
+    task = _Task(writer, stops, max_new_tokens, done, with_states, settled)
+    task.replies = [Written() for _ in range(len(whole))]
     waiting = torch.argsort(whole.mask.sum(1), stable=True).tolist()
     running: _Running | None = None
-
-    def write(rows: _Running, states: Tensor) -> None:
-        rows.last = writer.logits(states).argmax(-1)
-        kept = states.cpu() if with_states else None
-        over = 0
-        for i, (number, token) in enumerate(zip(rows.numbers, rows.last.tolist(), strict=True)):
-            if not rows.live[i]:
-                continue
-            reply = replies[number]
-            reply.ended = token in stops
-            if not reply.ended:
-                reply.ids.append(token)
-            if kept is not None:
-                reply.states.append(kept[i].clone())
-            if reply.ended or len(reply.ids) == max_new_tokens:
-                rows.live[i] = False
-                over += 1
-        if over:
-            done(over)
-
-    def begin(numbers: list[int]) -> _Running:
-        batch = whole.rows(numbers)
-        cache = Cache(layer_class_to_replicate=Buffered)
-        states = writer.begin(batch, cache)
-        mask, live = batch.left_padded().mask, [True] * len(numbers)
-        rows = _Running(cache, numbers, mask, torch.zeros(len(numbers), dtype=torch.long), live)
-        write(rows, states)
-        return rows
-
     while waiting or running is not None:
         live = sum(running.live) if running is not None else 0
         room = batch_size - live
@@ -236,7 +265,7 @@ def decode(
             else:
                 running = None
         if refill:
-            fresh = begin(waiting[:room])
+            fresh = task.begin(whole.rows(waiting[:room]))
             waiting = waiting[room:]
             if running is None:
                 running = fresh
@@ -247,5 +276,5 @@ def decode(
             break
         running.mask = torch.nn.functional.pad(running.mask, (0, 1), value=True)
         ids = running.last.unsqueeze(1)
-        write(running, writer.step(ids, running.mask, running.numbers, running.cache))
-    return replies
+        task.write(running, writer.step(ids, running.mask, running.numbers, running.cache))
+    return task.replies

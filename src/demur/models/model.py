@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -563,9 +563,58 @@ class Model:
             )
         return logits
 
+    def gradients(
+        self,
+        batch: TokenBatch,
+        score: Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]],
+        sites: Sequence[Site],
+    ) -> tuple[Float[Tensor, " prompt"], dict[Site, Float[Tensor, "prompt d_model"]]]:
+        """How a score of the next-token logits changes with the stream, to first order.
+
+        Args:
+            batch: The rows, of which whole ones are computed.
+            score: Of each row's logits; a row's must depend on that row alone.
+            sites: Of the stream.
+
+        Returns:
+            Each prompt's score; and by site its gradient, summed over the prompt's tokens: what
+            adding a small vector to all of them adds to the score is their inner product.
+        """
+        seen: dict[Site, Tensor] = {}
+
+        def watch(site: Site) -> Callable[[Tensor], Tensor]:
+            def keep(x: Tensor) -> Tensor:
+                # What lies before the first site needs no gradient, nor do the weights.
+                seen[site] = x if x.requires_grad else x.detach().clone().requires_grad_()
+                return seen[site]
+
+            return keep
+
+        weights = [one for one in self.hf.parameters() if one.requires_grad]
+        with ExitStack() as undo, torch.enable_grad():
+            for weight in weights:
+                weight.requires_grad_(False)
+                undo.callback(weight.requires_grad_, True)
+            for site in sites:
+                undo.callback(self.intercept(site, watch(site)))
+            chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
+            states = self._pass(batch.ids, chunk, use_cache=False).last_hidden_state
+            rows = torch.arange(len(batch), device=states.device)
+            logits = self._head(states[rows, batch.ends.to(states.device) - 1])
+            scores = score(logits)
+            found = torch.autograd.grad(scores.sum(), [seen[site] for site in sites])
+        real = batch.mask.unsqueeze(2)
+        return scores.detach().cpu(), {
+            site: (gradient * real.to(gradient.device)).sum(1).detach().cpu()
+            for site, gradient in zip(sites, found, strict=True)
+        }
+
     @torch.no_grad()
     def unembed(self, states: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
         """The vocabulary head on normed final states, with the family's soft cap, in >= float32."""
+        return self._head(states)
+
+    def _head(self, states: Tensor) -> Tensor:
         head = self.hf.get_output_embeddings()
         # Contiguous: a sliced view times frozen weights copies the vocabulary matrix per row.
         logits = head(states.contiguous().to(head.weight.device))
@@ -610,25 +659,38 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | TokenBatch,
         *,
         max_new_tokens: int,
         batch_size: int = 32,
         with_states: bool = False,
+        until: Callable[[list[int], list[str]], Sequence[bool]] | None = None,
         progress: Progress | None = None,
     ) -> list[Completion]:
         """Reply to each prompt greedily, in the order given.
 
         Args:
-            prompts: User messages.
+            prompts: User messages, or rows that `encode` made of them.
             max_new_tokens: Replies are cut there.
             batch_size: Most prompts that are decoded together; as replies end, others begin.
             with_states: Keep the final states that chose the tokens.
+            until: Asked every 8 tokens with the numbers of prompts and what is written so far; a
+                reply for which it says True ends there.
             progress: Called with the number of prompts done since the last call.
         """
-        whole = self.encode(prompts)
+        # Rows of a larger batch are numbered anew: replies come in the order given.
+        given = isinstance(prompts, TokenBatch)
+        whole = replace(prompts, origin=None) if given else self.encode(prompts)
         assert self.template is not None
         template = self.template
+
+        def text_of(ids: Sequence[int]) -> str:
+            text = template.tokenizer.decode(ids, skip_special_tokens=True)
+            return text.rpartition("</think>")[2].lstrip() if "</think>" in text else text
+
+        def settled(numbers: list[int], ids: list[list[int]]) -> Sequence[bool]:
+            assert until is not None
+            return until(numbers, [text_of(one) for one in ids])
 
         with torch.no_grad():
             written = decode(
@@ -639,15 +701,17 @@ class Model:
                 batch_size=batch_size,
                 done=progress if progress is not None else lambda _: None,
                 with_states=with_states,
+                settled=None if until is None else settled,
             )
-        replies = []
-        for one in written:
-            text = template.tokenizer.decode(one.ids, skip_special_tokens=True)
-            if "</think>" in text:
-                text = text.rpartition("</think>")[2].lstrip()
-            states = torch.stack(one.states) if one.states else None
-            replies.append(Completion(text, tuple(one.ids), one.ended, states))
-        return replies
+        return [
+            Completion(
+                text_of(one.ids),
+                tuple(one.ids),
+                one.ended,
+                torch.stack(one.states) if one.states else None,
+            )
+            for one in written
+        ]
 
 
 class _Writer:
@@ -663,7 +727,8 @@ class _Writer:
         share = model._share(batch)
         if not share:
             batch = batch.left_padded()
-            return self._pass(batch.ids, batch.mask, batch.spans, batch.ends, batch.numbers, cache)
+            chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
+            return self._pass(batch.ids, batch.mask, chunk, cache)
         model._prefix_pass(batch, share, cache)
         for layer in cache.layers:
             layer.repeat(len(batch))
@@ -679,22 +744,16 @@ class _Writer:
         none = torch.zeros_like(ones)
         spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
         rows = torch.tensor(numbers)
-        return self._pass(ids, mask, spans, torch.zeros_like(rows), rows, cache)
+        return self._pass(
+            ids, mask, Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False), cache
+        )
 
-    def _pass(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        spans: dict[Span, Tensor],
-        ends: Tensor,
-        rows: Tensor,
-        cache: Any,
-    ) -> Tensor:
+    def _pass(self, ids: Tensor, mask: Tensor, chunk: Chunk, cache: Any) -> Tensor:
         model = self.model
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model._pass(
             ids,
-            Chunk(spans, ends, rows, is_prefix=False),
+            chunk,
             attention_mask=None if bool(mask.all()) else mask.long().to(model.device),
             position_ids=places.to(model.device),
             past_key_values=cache,

@@ -114,6 +114,35 @@ class TokenBatch:
             out[-1].append(row)
         return out
 
+    def without_post(self) -> TokenBatch:
+        """The same rows cut off behind the instruction: no template stands before the reply."""
+        post = self.spans[Span.POST_INSTRUCTION]
+        mask = self.mask & ~post
+        spans = {name: span & mask for name, span in self.spans.items()}
+        cut = TokenBatch(self.ids, mask, spans, self.shared, self.origin)
+        whole = cut.rows(list(range(len(self))))
+        return TokenBatch(whole.ids, whole.mask, whole.spans, whole.shared, self.origin)
+
+    def with_request(self, alone: TokenBatch) -> TokenBatch:
+        """Mark as `Span.REQUEST` the part of each instruction that stands in `alone` too.
+
+        Args:
+            alone: The same requests, in the same order and with the same template, without what was
+                put behind them. Where the last token of a request merges with what follows, it is
+                left out of the span.
+        """
+        mine, theirs = self.spans[Span.INSTRUCTION], alone.spans[Span.INSTRUCTION]
+        request = torch.zeros_like(mine)
+        width = min(self.ids.shape[1], alone.ids.shape[1])
+        same = self.ids[:, :width] == alone.ids[:, :width]
+        both = same & mine[:, :width] & theirs[:, :width]
+        # Up to the first token that differs.
+        broken = (mine[:, :width] & ~both).int().cumsum(1) > 0
+        request[:, :width] = both & ~broken
+        return TokenBatch(
+            self.ids, self.mask, {**self.spans, Span.REQUEST: request}, self.shared, self.origin
+        )
+
     def left_padded(self) -> TokenBatch:
         """The same rows with their padding moved to the left, as generation needs it."""
         order = torch.argsort(self.mask.int(), dim=1, stable=True)

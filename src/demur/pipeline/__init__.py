@@ -31,6 +31,7 @@ from demur.evals.judges import judges
 from demur.models import Model
 from demur.pipeline.figures import Findings, assemble, decide, stability, validate
 from demur.pipeline.folder import RunFolder, identity, open_folder, write_outputs
+from demur.pipeline.separate import separate
 from demur.pipeline.splits import (
     licences_of,
     make_splits,
@@ -64,7 +65,7 @@ from demur.results import (
 )
 from demur.store import atomic_write
 
-__all__ = ["AuditRun", "Listener", "Quiet", "audit", "decide", "make_splits"]
+__all__ = ["AuditRun", "Listener", "Quiet", "audit", "decide", "make_splits", "separated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,37 @@ def audit(
     )
     write_outputs(results, selection.direction, model, run, started)
     return AuditRun(folder, results, reused=False)
+
+
+def separated(
+    config: RunConfig,
+    *,
+    out: Path = Path("runs"),
+    listener: Listener | None = None,
+    force: bool = False,
+    model: Model | None = None,
+) -> AuditRun:
+    """Tell harmfulness and refusal apart, and add what is found to the audit's run folder.
+
+    The audit of the same settings is run first, unless it is there. Arguments and errors are those
+    of `audit`; settings are in `config.separation`.
+    """
+    listener = listener or Quiet()
+    if model is None:
+        with listener.stage("loading the model", 1) as advance:
+            model = load_model(config)
+            advance(1)
+    done = audit(config, out=out, listener=listener, force=force, model=model)
+    judge = judges.make(config.test.judge, **config.test.judge_options)
+    run = RunFolder(done.folder)
+    job = Job(config, run, model, fast_copy(model, config), make_splits(config), judge, listener)
+    found = separate(job, baseline(job).tokens)
+    reused = done.results.separation == found
+    results = done.results.model_copy(update={"separation": found})
+    if not reused:
+        atomic_write(done.folder / "config.toml", as_toml(config))
+        atomic_write(done.folder / "results.json", results.model_dump_json(indent=1) + "\n")
+    return AuditRun(done.folder, results, reused)
 
 
 def _rows_at(job: Job, direction: Direction, fit: dict[str, list[str]]) -> dict[str, Tensor]:

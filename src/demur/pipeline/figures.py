@@ -214,6 +214,7 @@ def _screen_info(screen: Screen | None) -> ScreenInfo | None:
         sample=screen.sample,
         missed=proportion(screen.missed, screen.sample) if screen.sample else None,
         rank_correlation=screen.rank_correlation,
+        induce_correlation=screen.induce_correlation,
     )
 
 

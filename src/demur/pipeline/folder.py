@@ -46,15 +46,23 @@ class RunFolder:
         seconds: How long each stage took that was computed now.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder
+        self.prefix = prefix
         self.store = Store(folder / "stages")
         self.seconds: dict[str, float] = {}
+
+    def under(self, settings: Any) -> RunFolder:
+        """The same folder for stages that hang on further settings; others are done anew."""
+        text = json.dumps(settings, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+        return RunFolder(self.folder, f"{digest} ")
 
     def stage(
         self, name: str, compute: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a stage left behind; computed and put first if it is not there yet."""
+        name = self.prefix + name
         ref = self.store.key(name, {}, ())
         record = self.store.get(ref)
         if record is None:
@@ -81,7 +89,7 @@ class RunFolder:
 def identity(config: RunConfig, model: Model, splits: Splits, further: ValidationPrompts) -> str:
     """A short hash of everything that decides a run's numbers."""
     parts = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"separation"}),
         "model": model.fingerprint,
         "prompts": [
             part.fingerprint

@@ -403,6 +403,7 @@ def replies(job: Job, arms: Sequence[Arm]) -> tuple[dict[str, Replies], list[Rep
                     acts=acts,
                     max_new_tokens=config.test.max_new_tokens,
                     batch_size=config.test.batch_size,
+                    stop_early=config.test.stop_early,
                     progress=advance,
                 )
                 file.put(found, prompts[on])

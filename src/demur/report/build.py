@@ -27,6 +27,7 @@ from demur.results import (
     NullBand,
     Reading,
     Reply,
+    SeparationResults,
     read_replies,
     read_results,
 )
@@ -318,6 +319,8 @@ def _figures(
                     label=f"Random directions, {name}, {title}; "
                     f"the direction itself: {words.number(here)}.",
                 )
+    if results.separation:
+        made |= _separation_figures(results.separation)
     if results.edits:
         made["edits"] = charts.figure(
             partial(charts.trade_off, _edit_rows(results.edits, cost)),
@@ -326,6 +329,85 @@ def _figures(
             wide=BROAD,
         )
     return made
+
+
+def _separation_figures(found: SeparationResults) -> dict[str, Figure]:
+    made: dict[str, Figure] = {}
+    last = max((row.position for row in found.grouping), default=-1)
+    names = {"t_inst": "last instruction token", "post": "last token"}
+    for space in ("raw", "centred", "whitened"):
+        rows = [
+            _banded(row.site, names[row.role], row.by)
+            for row in found.grouping
+            if row.space == space
+            and row.by is not None
+            and (row.role == "t_inst" or row.position == last)
+        ]
+        if rows:
+            made[f"grouping {space}"] = charts.figure(
+                partial(
+                    charts.depth,
+                    rows,
+                    title="AUROC (1: harm, 0: refusal)",
+                    order=list(names.values()),
+                    guide=0.5,
+                ),
+                name=f"grouping-{space}",
+                label=f"What both positions group by along the depth, {space} vectors.",
+                wide=BROAD,
+            )
+    angles = [_banded(row.site, "harm against refusal", row.cosine) for row in found.angles]
+    for row in found.angles:
+        low, high = row.shuffled
+        chance = Estimate((low + high) / 2, low, high, row.cosine.n, "shuffled labels")
+        angles.append(_banded(row.site, "shuffled labels", chance))
+    made["angles"] = charts.figure(
+        partial(
+            charts.depth,
+            angles,
+            title="cosine",
+            order=["harm against refusal", "shuffled labels"],
+            guide=0.0,
+        ),
+        name="angles",
+        label="Cosine of harm and refusal direction along the depth, with the band of chance.",
+        wide=BROAD,
+    )
+    points = [
+        {
+            "x": harm,
+            "y": refusal,
+            "group": group.group,
+            "tip": charts.tip(
+                f"{group.group}: harm {words.number(harm)}, refusal {words.number(refusal)}"
+            ),
+        }
+        for group in found.beliefs
+        for harm, refusal in zip(group.harm, group.refusal, strict=True)
+    ]
+    made["beliefs"] = charts.figure(
+        partial(
+            charts.plane,
+            points,
+            x_title="belief: harmful (last instruction token)",
+            y_title="belief: refused (last token)",
+        ),
+        name="beliefs",
+        label="Report prompts in the plane of both beliefs, by group.",
+        wide=BROAD,
+    )
+    return made
+
+
+def _banded(site: str, series: str, estimate: Estimate) -> dict[str, Any]:
+    return {
+        "site": site,
+        "series": series,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "tip": charts.tip(f"{site}, {series}: {words.number(estimate.value)}"),
+    }
 
 
 def _dose_figure(doses: Sequence[Dose], *, cost: bool) -> Figure:

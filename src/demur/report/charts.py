@@ -411,6 +411,90 @@ def curves(
     return _sized(layers, width, 270)
 
 
+def depth(
+    rows: Rows, width: int, *, title: str, order: Sequence[str], guide: float | None = None
+) -> alt.LayerChart:
+    """Lines with bands against depth.
+
+    Args:
+        rows: Of `site`, `series`, `value`, `low`, `high` and `tip`.
+        width: Pixels.
+        title: Of the upright axis, with its unit.
+        order: The series, at most three; the first two stand out.
+        guide: Where a line says that nothing was found.
+    """
+    sites = sorted({row["site"] for row in rows}, key=site_key)
+    ticks, site_title = site_ticks(sites)
+    shown = [{**row, "site": ticks[row["site"]]} for row in rows]
+    scale = alt.Scale(domain=list(order), range=[ACCENT, HARMLESS, MUTED][: len(order)])
+    dash = alt.Scale(domain=list(order), range=[[1, 0], [6, 3], [2, 2]][: len(order)])
+    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=260)
+    y_scale = alt.Scale(zero=False)
+    y = alt.Y("value:Q", title=title, scale=y_scale)
+    colour = alt.Color("series:N", scale=scale, legend=legend)
+    base = alt.Chart(alt.InlineData(values=shown)).encode(
+        x=alt.X("site:O", sort=[ticks[site] for site in sites], title=site_title).axis(
+            labelExpr="split(datum.label, '|')",
+            labelAngle=0,
+            values=spaced([ticks[site] for site in sites], width - 70),
+            grid=False,
+        ),
+        detail="series:N",
+    )
+    layers: list[alt.Chart] = [
+        base.mark_area(opacity=0.18).encode(
+            y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q", color=colour
+        ),
+        base.mark_line(strokeWidth=2.2).encode(
+            y=y, color=colour, strokeDash=alt.StrokeDash("series:N", scale=dash, legend=legend)
+        ),
+        base.mark_point(opacity=0, size=60).encode(y=y, description="tip:N"),
+    ]
+    if guide is not None:
+        layers.insert(0, _guide("y", guide, scale=y_scale))
+    return _sized(layers, width, 270)
+
+
+def plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerChart:
+    """Prompts in the plane of two scores.
+
+    Args:
+        rows: Of `x`, `y`, `group` and `tip`; groups are "harmful-refused" and so on.
+        width: Pixels.
+        x_title: Of the flat axis.
+        y_title: Of the upright axis.
+    """
+    points = [
+        {**row, "class": row["group"].partition("-")[0], "fate": row["group"].partition("-")[2]}
+        for row in rows
+    ]
+    colour = alt.Color(
+        "class:N",
+        scale=alt.Scale(domain=["harmful", "harmless"], range=[HARMFUL, HARMLESS]),
+        legend=alt.Legend(title=None, orient="top", symbolType="square"),
+    )
+    shape = alt.Shape(
+        "fate:N",
+        scale=alt.Scale(domain=["refused", "accepted"], range=["triangle-up", "circle"]),
+        legend=alt.Legend(title=None, orient="top"),
+    )
+    scale = alt.Scale(zero=False)
+    layers = [
+        _guide("x", 0.0, scale=scale),
+        _guide("y", 0.0, scale=scale),
+        alt.Chart(alt.InlineData(values=points))
+        .mark_point(filled=True, opacity=0.65, size=42)
+        .encode(
+            x=alt.X("x:Q", title=x_title, scale=scale),
+            y=alt.Y("y:Q", title=y_title, scale=scale),
+            color=colour,
+            shape=shape,
+            description="tip:N",
+        ),
+    ]
+    return _sized(layers, width, 320)
+
+
 def projections(rows: Projections, width: int) -> alt.LayerChart:
     """Counts of prompts by projection: harmful above the line, harmless below it."""
     pooled = np.asarray([*rows.harmful, *rows.harmless], dtype=float)

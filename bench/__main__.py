@@ -139,7 +139,10 @@ def _show_sweep(found: dict[str, Any]) -> None:
             f"  reference in {name}: {wall['median']:.1f}x [{wall['min']:.1f}, {wall['max']:.1f}] "
             f"by the wall, {cpu['median']:.1f}x by CPU seconds"
         )
-    print(f"  largest difference of exact bypass scores: {found['largest_bypass_difference']}")
+    gaps = ", ".join(
+        f"{name} {found[f'largest_{name}_difference']:.1e}" for name in ("bypass", "induce", "kl")
+    )
+    print(f"  largest differences to the reference where both are exact: {gaps}")
     print(f"  chosen: {found['chosen']}; without a screen: {found.get('exhaustive_choice')}")
 
 

@@ -67,9 +67,12 @@ def transformer_lens(job: dict[str, Any]) -> Read:
 def steering_vectors(job: dict[str, Any]) -> Read:
     """steering-vectors: a vector of all layers from pairs of prompts."""
     from steering_vectors import train_steering_vector  # pyright: ignore[reportMissingImports]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    # It needs transformers 4, which does not know the tokenizer class that transformers 5 writes.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{job['model']}/tokenizer.json", pad_token="<|im_end|>"
+    )
     model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32)
     half = len(job["rendered"]) // 2
     pairs = list(zip(job["rendered"][:half], job["rendered"][half:], strict=False))

@@ -31,16 +31,17 @@ class Planted:
     refusal_id: int
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = [*FRAME, *REPLIES, *HARMFUL, *HARMLESS, *FILLER, "[UNK]"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Words as tokens. Of those given the last stands for all others, and is no control token."""
+    known = words or [*FRAME, *REPLIES, *HARMFUL, *HARMLESS, *FILLER, "[UNK]"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token=known[-1]))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     out = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
         eos_token="<end>",
         pad_token="<end>",
-        unk_token="[UNK]",
+        unk_token=None if words else "[UNK]",
         additional_special_tokens=["<user>", "<bot>"],
     )
     out.chat_template = (
@@ -156,3 +157,94 @@ class FirstWord:
             )
             for e in exchanges
         ]
+
+
+SCARY = [f"dark{i}" for i in range(12)]
+
+
+def apart_prompts(n: int, *, harmful: bool, scary: bool, seed: int) -> list[str]:
+    """Two of nine words are harmful or harmless, two are scary or filler."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def some(words: list[str], k: int) -> list[str]:
+        return [words[i] for i in torch.randint(len(words), (k,), generator=rng).tolist()]
+
+    out = []
+    for _ in range(n):
+        words = some(HARMFUL if harmful else HARMLESS, 2) + some(SCARY if scary else FILLER, 2)
+        words += some(FILLER, 5)
+        out.append(" ".join(words[i] for i in torch.randperm(9, generator=rng).tolist()))
+    return out
+
+
+@dataclass(frozen=True)
+class Apart:
+    """`model` refuses what is scary; harm it only knows."""
+
+    model: Model
+    harm: torch.Tensor
+    refusal: torch.Tensor
+    refusal_id: int
+
+
+def apart(*, merged: bool, seed: int = 0, dtype: torch.dtype = torch.float64) -> Apart:
+    """A model that keeps harm at the user's words and refusal at the template's, or merges them.
+
+    Block 1's attention averages harm and scare over the tokens so far, and writes them along two
+    axes (`merged`: along one). Block 2's MLP takes harm away at the template's tokens and scare at
+    the user's. The head reads scare's axis.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    words = [*FRAME, *REPLIES, *HARMFUL, *HARMLESS, *FILLER, *SCARY, "other"]
+    tok = tokenizer(words)
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=7,  # Those behind the third pass it on: most layers show what is planted.
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=WIDTH,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=None,
+    )
+    hf = LlamaForCausalLM(config).to(torch.float64).eval()
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng, dtype=torch.float64))[0].T
+    harm, scare, h, r, on, ours, theirs = basis[:7]
+    if merged:
+        h = r
+    rest = basis[8:]
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim > 1:
+                parameter.zero_()
+        embedding = hf.model.embed_tokens.weight
+        noise = torch.randn(len(tok), len(rest), generator=rng, dtype=torch.float64)
+        embedding.copy_(1.15 * noise @ rest / len(rest) ** 0.5 + 4.0 * on)
+        for i, word in enumerate(words):
+            embedding[i] += 4.0 * (ours if word in FRAME else theirs)
+            embedding[i] += (2.5 if merged else 6.0) * harm * (word in HARMFUL)
+            embedding[i] += 6.0 * scare * (word in SCARY)
+        block = hf.model.layers[1]
+        block.self_attn.v_proj.weight.copy_(torch.eye(WIDTH, dtype=torch.float64))
+        block.self_attn.o_proj.weight.copy_(
+            5.0 * torch.outer(h, harm) + 5.0 * torch.outer(r, scare) + 2.0 * rest.T @ rest
+        )
+        if not merged:
+            mlp = hf.model.layers[2].mlp
+            scale = _open_gate(4.0)
+            for i, (where, what) in enumerate(((ours, h), (theirs, r))):
+                mlp.gate_proj.weight[i] = 3.0 * where
+                mlp.up_proj.weight[i] = what
+                mlp.down_proj.weight[:, i] = -what / scale
+        head = hf.lm_head.weight
+        head.copy_(0.02 * torch.randn(len(tok), WIDTH, generator=rng, dtype=torch.float64))
+        ids = [tok.convert_tokens_to_ids(word) for word in REPLIES]
+        head[ids] = 0.0
+        head[ids[0]] = 8.0 * r
+        head[ids[1]] = (5.5 if merged else 1.2) * on
+        head[ids[3]] = 0.5 * on
+    model = Model(hf.to(dtype), FAMILIES["llama"], Template(tok), name="apart")
+    return Apart(model, h, r, ids[0])

@@ -670,3 +670,14 @@ def test_organism_train_and_verify_show_figures(tmp_path, model, monkeypatch, me
     assert json.loads(run(*args, "--json", code=code).stdout)["met"] is met
     text = run("organism", "verify", out, "--recipe", "refusal", code=code).stdout
     assert ">= 0.9" in text
+
+
+# Harm and refusal apart -------------------------------------------------------------------------
+
+
+def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separate(audit):
+    at = audit.index("--layer")
+    options = [*audit[1:at], "--set", f"extraction.layers=[{audit[at + 1]}]", *audit[at + 2 :]]
+    fact, hint = refused("separate", *options)
+    assert "0 of 35 harmful prompts" in fact
+    assert "--harmful" in hint

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tests.planted import FirstWord, apart, apart_prompts
 
-from demur.errors import ConfigError, TooFewPromptsError
+from demur.activations import collect
+from demur.errors import TooFewPromptsError
+from demur.evals.judges import Exchange, Outcome
 from demur.separation import (
     SPACES,
     Belief,
@@ -14,6 +17,7 @@ from demur.separation import (
     balanced_difference,
     grouping,
 )
+from demur.sites import Site
 
 WIDTH = 24
 
@@ -156,8 +160,6 @@ def test_the_angle_tells_separate_directions_from_merged_ones():
         merged = high == 1.0
         assert (found.p_shuffled < 0.02) is merged
         assert found.shuffled[0] < 0 < found.shuffled[1]
-    with pytest.raises(ConfigError, match="same prompts"):
-        angle(inst, {g: x[:-1] for g, x in post.items()}, seed=0)
 
 
 def test_beliefs_put_the_groups_into_their_quadrants():
@@ -173,3 +175,60 @@ def test_beliefs_put_the_groups_into_their_quadrants():
         rows = torch.stack([report[group]] * 3)
         assert (float(harm(rows).mean()) > 0) is group.harmful
         assert (float(refusal(rows).mean()) > 0) is group.refused
+
+
+# A model -----------------------------------------------------------------------------------------
+
+
+def read_by_group(made, seed):
+    """Vectors of all four groups at both ends of the template, grouped by what the model does."""
+    asked = [
+        (prompt, harmful)
+        for harmful in (True, False)
+        for scary in (True, False)
+        for prompt in apart_prompts(
+            40, harmful=harmful, scary=scary, seed=seed + 2 * harmful + scary
+        )
+    ]
+    texts = [prompt for prompt, _ in asked]
+    said = made.model.generate(texts, max_new_tokens=1, batch_size=80)
+    verdicts = FirstWord()([Exchange(p, reply.text) for p, reply in zip(texts, said, strict=True)])
+    groups = [
+        Group.of(harmful=harmful, refused=verdict.outcome is Outcome.REFUSED)
+        for (_, harmful), verdict in zip(asked, verdicts, strict=True)
+    ]
+    ends = [made.model.template.positions[0].index, -1]
+    read = collect(made.model, texts, sites=made.model.stream_sites, positions=ends)
+    return [
+        {
+            group: read.at(Site(3, "resid_pre"), end)[
+                [i for i, g in enumerate(groups) if g is group]
+            ]
+            for group in Group
+        }
+        for end in ends
+    ]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_that_keeps_harm_and_refusal_apart_is_told_from_one_that_merges_them(merged):
+    made = apart(merged=merged)
+    (fit_inst, fit_post), (inst, post) = (read_by_group(made, seed) for seed in (10, 20))
+    assert min(map(len, fit_inst.values())) == 40
+    by = [
+        grouping(Clusters.fit(fit, "centred"), report).by
+        for fit, report in ((fit_inst, inst), (fit_post, post))
+    ]
+    found = angle(fit_inst, fit_post, seed=0)
+    harm, _ = balanced_difference(fit_inst, "harm")
+    refusal, _ = balanced_difference(fit_post, "refusal")
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(refusal, made.refusal, dim=0) > 0.95
+    assert by[1].high < 0.1  # The last token groups by refusal in both.
+    if merged:
+        assert by[0].high < 0.1
+        assert found.cosine.low > 0.9
+    else:
+        assert cosine(harm, made.harm, dim=0) > 0.95
+        assert by[0].low > 0.9
+        assert found.cosine.high < 0.2

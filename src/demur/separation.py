@@ -309,7 +309,17 @@ def angle(
             {group: post[group][rows[group]] for group in here},
         )
 
-    cosine = bootstrap_groups(resampled, sizes, draws=draws, seed=seed)
+    drawn_cosine = bootstrap_groups(resampled, sizes, draws=draws, seed=seed)
+    # Resampling adds noise, which turns two vectors apart: percentiles lie below the value and may
+    # not even hold it. Their width, about the value, tells what is wanted.
+    value, half = drawn_cosine.value, (drawn_cosine.high - drawn_cosine.low) / 2
+    cosine = Estimate(
+        value,
+        max(-1.0, value - half),
+        min(1.0, value + half),
+        drawn_cosine.n,
+        f"{drawn_cosine.method}, about the value",
+    )
     rng = torch.Generator().manual_seed(seed)
     pool = torch.cat([inst[group] for group in here]), torch.cat([post[group] for group in here])
     shuffled, matched = [], []

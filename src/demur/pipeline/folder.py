@@ -56,7 +56,7 @@ class RunFolder:
         """The same folder for stages that hang on further settings; others are done anew."""
         text = json.dumps(settings, sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-        return RunFolder(self.folder, f"{digest} ")
+        return RunFolder(self.folder, f"with-{digest}-")
 
     def stage(
         self, name: str, compute: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]

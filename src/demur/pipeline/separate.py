@@ -16,6 +16,7 @@ from torch import Tensor
 from demur.activations import Activations, collect
 from demur.causal import Replies, reply_to, stable_seed
 from demur.directions import Direction
+from demur.errors import TooFewPromptsError
 from demur.evals.judges import Exchange, Outcome
 from demur.interventions import Add, Intervention, applied
 from demur.models import TokenBatch
@@ -152,6 +153,7 @@ def separate(job: Job, tokens: RefusalTokens) -> SeparationResults:
         GroupCount(group=group, **{part: len(material[part].rows(group)) for part in PARTS})
         for group in Group
     ]
+    _check(job, material)
     for row in counts:
         if min(row.fit, row.report) < _LEAST:
             notes.append(_too_small(row))
@@ -190,6 +192,28 @@ def separate(job: Job, tokens: RefusalTokens) -> SeparationResults:
         notes=notes,
     )
     return results.model_copy(update={"findings": findings(results)})
+
+
+def _check(job: Job, material: dict[str, Material]) -> None:
+    """Whether there are prompts on which harm and refusal agree, of either kind.
+
+    Raises:
+        TooFewPromptsError: There are too few, in either part.
+    """
+    for part, own in material.items():
+        for group, verb in (
+            (Group.HARMFUL_REFUSED, "refuses"),
+            (Group.HARMLESS_ACCEPTED, "answers"),
+        ):
+            side = "harmful" if group.harmful else "harmless"
+            total = len(own.texts(harmful=group.harmful))
+            if len(own.rows(group)) < _LEAST:
+                raise TooFewPromptsError(
+                    f"{job.model.name} {verb} {len(own.rows(group))} of {total} {side} prompts of "
+                    f"the {part} part, and {_LEAST} are needed",
+                    f"ask others (`--{side} SPEC`), or another model: what never happens cannot be "
+                    "told apart from anything",
+                )
 
 
 def _too_small(row: GroupCount) -> str:

@@ -600,7 +600,9 @@ def _arms(replies: Sequence[Reply], results: AuditResults) -> list[ArmReplies]:
     random = {leg.arm for leg in results.legs if leg.family in NULL_FAMILIES}
     groups: dict[tuple[str, str], list[Reply]] = {}
     for reply in replies:
-        groups.setdefault((reply.on, reply.arm), []).append(reply)
+        # What `separate` asked besides, of all splits, is no arm of the causal test.
+        if not reply.arm.startswith("unedited, "):
+            groups.setdefault((reply.on, reply.arm), []).append(reply)
     edited_on = {on for on, arm in groups if arm.casefold() not in UNEDITED}
     shown = []
     for on, arm in sorted(groups, key=lambda key: (key[0] == "harmless", key[1] in random)):

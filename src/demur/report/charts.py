@@ -498,7 +498,12 @@ def plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerCha
 def projections(rows: Projections, width: int) -> alt.LayerChart:
     """Counts of prompts by projection: harmful above the line, harmless below it."""
     pooled = np.asarray([*rows.harmful, *rows.harmless], dtype=float)
-    edges = np.histogram_bin_edges(pooled, bins=26 if width > NARROW else 20)
+    low, high = float(pooled.min()), float(pooled.max())
+    # Where all projections are alike to the last digits there is no room for bins between them.
+    least = 1e-6 * max(abs(low), abs(high), 1e-6)
+    if high - low < least:
+        low, high = low - least, high + least
+    edges = np.histogram_bin_edges(pooled, bins=26 if width > NARROW else 20, range=(low, high))
     bars: Rows = []
     for name, values, sign in (("harmful", rows.harmful, 1), ("harmless", rows.harmless, -1)):
         counts = np.histogram(values, bins=edges)[0]

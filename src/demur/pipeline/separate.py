@@ -59,6 +59,7 @@ from demur.wrappers import SLOT, wrappers
 
 PARTS = ("fit", "report")
 _LEAST = 5  # Prompts of a group; with fewer its claims are untested.
+_MOST_INVALID = 0.5  # Beyond this share of other answers the question was not understood.
 _YES, _NO = "Certainly", "No"
 
 
@@ -734,6 +735,13 @@ def _inverted(results: SeparationResults) -> Finding:
     claim = "adding the harm direction makes harmless requests judged harmful; refusal does not"
     rows = {row.edit: row for row in results.inversion if row.on == "harmless"}
     none, harm, refusal = (rows[name] for name in ("none", "add harm", "add refusal"))
+    if none.invalid.value > _MOST_INVALID:
+        return Finding(
+            claim=claim,
+            status="untested",
+            evidence=f"the model answers the question with neither word: {none.invalid.value:.0%} of "
+            "the probability lies elsewhere",
+        )
     nulls = [row.judged_harmful.value for name, row in rows.items() if name.startswith("random")]
     rise, other = (row.judged_harmful.value - none.judged_harmful.value for row in (harm, refusal))
     highest = max(nulls, default=none.judged_harmful.value) - none.judged_harmful.value

@@ -739,7 +739,7 @@ def _inverted(results: SeparationResults) -> Finding:
         return Finding(
             claim=claim,
             status="untested",
-            evidence=f"the model answers the question with neither word: {none.invalid.value:.0%} of "
+            evidence=f"the model answers with neither word: {none.invalid.value:.0%} of "
             "the probability lies elsewhere",
         )
     nulls = [row.judged_harmful.value for name, row in rows.items() if name.startswith("random")]

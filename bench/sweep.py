@@ -61,9 +61,11 @@ def run(
     step = max(1, len(pool) // sample)
     some = pool[step // 2 :: step][:sample]
     found: dict[str, Any] = {"candidates": len(pool), "sampled": len(some)}
-    reference_of_finalists = Sweep(model, harmful["select"], harmless["select"], tokens.ids)
-    for name, one in (("float32", model), ("bfloat16", fast)):
-        reference = Sweep(one, harmful["select"], harmless["select"], tokens.ids)
+    references = {
+        name: Sweep(one, harmful["select"], harmless["select"], tokens.ids)
+        for name, one in (("float32", model), ("bfloat16", fast))
+    }
+    for name, reference in references.items():
         reference(some[0])
         spent = []
         for direction in some:
@@ -99,7 +101,7 @@ def run(
                 "median": each[len(each) // 2],
                 "max": each[-1],
             }
-    found |= _differences(reference_of_finalists, chosen)
+    found |= _differences(references["float32"], chosen)
     if exhaustive:
         whole = search()
         found["exhaustive_choice"] = f"{whole.direction.site}, {whole.direction.position}"

@@ -353,6 +353,23 @@ _Thinking = Annotated[
 _TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Let code from the checkpoint run.")
 ]
+_Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Settings as TOML; flags go over them.")
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any setting; may be repeated."),
+]
+_Harmful = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", help="Harmful prompts: a set, FILE?column=NAME, or hub id."),
+]
+_Harmless = Annotated[
+    str | None, typer.Option(metavar="SPEC", help="Harmless prompts, in the same way.")
+]
+_RunSeed = Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")]
+_Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")]
+_Force = Annotated[bool, typer.Option("--force", help="Run again even if a finished run is there.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 _ModelName = Annotated[
@@ -471,13 +488,8 @@ def _setting(text: str) -> tuple[str, Any]:
 def audit(
     model: _ModelName = None,
     *,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Settings as TOML; flags go over them.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting; may be repeated."),
-    ] = None,
+    config: _Config = None,
+    set_: _Set = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print all settings as TOML and stop.")
     ] = False,
@@ -489,13 +501,8 @@ def audit(
     system: _System = None,
     thinking: _Thinking = None,
     trust_remote_code: _TrustRemoteCode = None,
-    harmful: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="Harmful prompts: a set, FILE?column=NAME, or hub id."),
-    ] = None,
-    harmless: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Harmless prompts, in the same way.")
-    ] = None,
+    harmful: _Harmful = None,
+    harmless: _Harmless = None,
     validate: Annotated[
         list[str] | None,
         typer.Option(
@@ -513,13 +520,9 @@ def audit(
         list[int] | None,
         typer.Option(help="Read this position only, from the end (-1); may be repeated."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
-        "runs"
-    ),
-    force: Annotated[
-        bool, typer.Option("--force", help="Run again even if a finished run is there.")
-    ] = False,
+    seed: _RunSeed = None,
+    out: _Out = Path("runs"),
+    force: _Force = False,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -598,13 +601,8 @@ def _validation(text: str) -> dict[str, str]:
 def separate(
     model: _ModelName = None,
     *,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Settings as TOML; flags go over them.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting; may be repeated."),
-    ] = None,
+    config: _Config = None,
+    set_: _Set = None,
     adapter: _Adapter = None,
     no_adapter: _NoAdapter = False,
     revision: _Revision = None,
@@ -613,24 +611,15 @@ def separate(
     system: _System = None,
     thinking: _Thinking = None,
     trust_remote_code: _TrustRemoteCode = None,
-    harmful: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="Harmful prompts: a set, FILE?column=NAME, or hub id."),
-    ] = None,
-    harmless: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Harmless prompts, in the same way.")
-    ] = None,
+    harmful: _Harmful = None,
+    harmless: _Harmless = None,
     lookalikes: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="Harmless prompts that look harmful, in the same way."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
-        "runs"
-    ),
-    force: Annotated[
-        bool, typer.Option("--force", help="Run again even if a finished run is there.")
-    ] = False,
+    seed: _RunSeed = None,
+    out: _Out = Path("runs"),
+    force: _Force = False,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -1685,9 +1674,7 @@ class _Finding:
 
 @app.command()
 def doctor(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders go.")] = Path(
-        "runs"
-    ),
+    out: _Out = Path("runs"),
     as_json: _Json = False,
 ) -> None:
     """Say what this machine has, what it lacks, and how to mend it.

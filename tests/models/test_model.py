@@ -419,19 +419,24 @@ def test_runs_count_passes():
 # Generation --------------------------------------------------------------------------------------
 
 
+def by_argmax(model, ids, n):
+    """What a plain loop writes behind one row, the whole row computed anew for each token."""
+    written = []
+    for _ in range(n):
+        token = int(model.logits(ids).argmax())
+        if token in model.stop_ids:
+            break
+        written.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    return written
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "qwen3-moe"])
 def test_replies_are_those_of_a_plain_loop_over_argmax(name):
     model = tiny_model(name)
     replies = model.generate(PROMPTS, max_new_tokens=6, batch_size=2)
     for prompt, reply in zip(PROMPTS, replies, strict=True):
-        ids = model.encode([prompt]).ids
-        expected = []
-        for _ in range(6):
-            token = int(model.logits(ids).argmax())
-            if token in model.stop_ids:
-                break
-            expected.append(token)
-            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        expected = by_argmax(model, model.encode([prompt]).ids, 6)
         assert list(reply.ids) == expected
         assert reply.finished == (len(expected) < 6)
 
@@ -688,14 +693,7 @@ def test_rows_without_the_templates_end_are_answered_from_the_instruction(name):
     assert not cut.spans[Span.POST_INSTRUCTION].any()
     replies = model.generate(cut, max_new_tokens=5, batch_size=2)
     for i, reply in enumerate(replies):
-        ids = batch.ids[i : i + 1, : cut.ends[i]]
-        expected = []
-        for _ in range(5):
-            token = int(model.logits(ids).argmax())
-            if token in model.stop_ids:
-                break
-            expected.append(token)
-            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        expected = by_argmax(model, batch.ids[i : i + 1, : cut.ends[i]], 5)
         assert list(reply.ids) == expected
 
 

@@ -185,7 +185,7 @@ class _Task:
     done: Callable[[int], None]
     with_states: bool
     settled: Settled | None
-    replies: list[Written] = field(default_factory=list)
+    replies: list[Written]
 
     def begin(self, batch: TokenBatch) -> _Running:
         """Run prompts, and write the first token behind each."""
@@ -250,8 +250,8 @@ def decode(
         settled: Asked every 8 tokens with rows' numbers and what is written behind them; those for
             which it says so end there.
     """
-    task = _Task(writer, stops, max_new_tokens, done, with_states, settled)
-    task.replies = [Written() for _ in range(len(whole))]
+    replies = [Written() for _ in range(len(whole))]
+    task = _Task(writer, stops, max_new_tokens, done, with_states, settled, replies)
     waiting = torch.argsort(whole.mask.sum(1), stable=True).tolist()
     running: _Running | None = None
     while waiting or running is not None:
@@ -277,4 +277,4 @@ def decode(
         running.mask = torch.nn.functional.pad(running.mask, (0, 1), value=True)
         ids = running.last.unsqueeze(1)
         task.write(running, writer.step(ids, running.mask, running.numbers, running.cache))
-    return task.replies
+    return replies

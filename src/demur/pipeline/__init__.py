@@ -111,10 +111,7 @@ def audit(
     splits, further = make_splits(config), validation_prompts(config)
     judge = judges.make(config.test.judge, **config.test.judge_options)
     estimators.make(config.extraction.estimator)  # A misspelt name fails before the model loads.
-    if model is None:
-        with listener.stage("loading the model", 1) as advance:
-            model = load_model(config)
-            advance(1)
+    model = model or _loaded(config, listener)
     chosen_sites(model, config)
     chosen_positions(model, config)
     key = identity(config, model, splits, further)
@@ -160,6 +157,13 @@ def audit(
     return AuditRun(folder, results, reused=False)
 
 
+def _loaded(config: RunConfig, listener: Listener) -> Model:
+    with listener.stage("loading the model", 1) as advance:
+        model = load_model(config)
+        advance(1)
+    return model
+
+
 def separated(
     config: RunConfig,
     *,
@@ -174,10 +178,7 @@ def separated(
     of `audit`; settings are in `config.separation`.
     """
     listener = listener or Quiet()
-    if model is None:
-        with listener.stage("loading the model", 1) as advance:
-            model = load_model(config)
-            advance(1)
+    model = model or _loaded(config, listener)
     done = audit(config, out=out, listener=listener, force=force, model=model)
     judge = judges.make(config.test.judge, **config.test.judge_options)
     run = RunFolder(done.folder)

@@ -7,7 +7,7 @@ lookalikes, which a model that refuses too much refuses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from demur.causal import Replies, reply_to, stable_seed
 from demur.directions import Direction
 from demur.errors import TooFewPromptsError
 from demur.evals.judges import Exchange, Outcome
-from demur.interventions import Add, Intervention, applied
+from demur.interventions import Add, applied
 from demur.models import TokenBatch
 from demur.pipeline.folder import ReplyFile
 from demur.pipeline.stages import CLASSES, Job
@@ -37,7 +37,6 @@ from demur.results import (
     TemplateRow,
 )
 from demur.selection import (
-    Passes,
     RefusalTokens,
     batched_logits,
     kl_divergence,
@@ -276,9 +275,7 @@ def _material(job: Job, part: str) -> Material:
     return Material(tuple(one for one, _ in asked), groups, read)
 
 
-def _replies(
-    job: Job, texts: Sequence[str], name: str, on: str, acts: Sequence[Intervention] = ()
-) -> Replies:
+def _replies(job: Job, texts: Sequence[str], name: str, on: str) -> Replies:
     with job.listener.stage(f"replies: {name}, {on}", len(texts)) as advance:
         return reply_to(
             job.fast,
@@ -286,7 +283,6 @@ def _replies(
             name=name,
             on=on,
             judge=job.judge,
-            acts=acts,
             max_new_tokens=job.config.test.max_new_tokens,
             batch_size=job.config.test.batch_size,
             progress=advance,
@@ -347,12 +343,7 @@ def _angles(job: Job, fit: Material, sites: Sequence[Site]) -> list[AngleRow]:
             rows.append(
                 AngleRow(
                     site=str(site),
-                    cosine=found.cosine,
-                    harm_balanced=found.harm_balanced,
-                    refusal_balanced=found.refusal_balanced,
-                    shuffled=found.shuffled,
-                    matched=found.matched,
-                    p_shuffled=found.p_shuffled,
+                    **{one.name: getattr(found, one.name) for one in fields(found)},
                 )
             )
             advance(1)
@@ -568,16 +559,12 @@ def _inversion(
             plain = batched_logits(job.fast, asked.alone)
             for name, direction, strength, where in [("none", None, 0.0, None), *edits]:
                 judged, invalid = [], []
-                if direction is None:
-                    alone = plain
+                acts = () if direction is None else (Add(direction, strength),)
+                request = None if where is None else (Span.INSTRUCTION,)
+                with applied(job.fast, *acts, where=request):
+                    alone = batched_logits(job.fast, asked.alone) if acts else plain
+                with applied(job.fast, *acts, where=where):
                     found = [(q, batched_logits(job.fast, batch)) for q, batch in asked.asked]
-                else:
-                    act = Add(direction, strength)
-                    request = None if where is None else (Span.INSTRUCTION,)
-                    with applied(job.fast, act, where=request):
-                        alone = batched_logits(job.fast, asked.alone)
-                    with applied(job.fast, act, where=where):
-                        found = [(q, Passes(job.fast, batch).logits()) for q, batch in asked.asked]
                 for question, logits in found:
                     logs = logits.double().log_softmax(1)
                     yes = logs[:, words[question.harmful]].logsumexp(1)

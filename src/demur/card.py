@@ -19,6 +19,7 @@ from demur.gates import (
     order_gate,
     parts_of,
 )
+from demur.guard import Guard
 from demur.prompts import PromptSet, load, packaged
 
 GATED = ("contrast_pairs", "lookalikes", "plain", "open_ended")
@@ -174,4 +175,76 @@ def card(names: Sequence[str] | None = None) -> str:
             parts += ["", "### Recorded, and nothing selected by it", "", _ORDER, ""]
             rows = [row[:-1] for row in gate_rows(order)]
             parts.append(_markdown(("part", "measure", "value", "asked", "n"), rows))
+    return "\n".join(parts) + "\n"
+
+
+# Guards ---------------------------------------------------------------------------------------
+
+_BLIND = (
+    "Requests of a kind that it was not calibrated on may raise more false alarms than promised: "
+    "other languages, long documents, code, another system prompt, another chat template.",
+    "Harm that stands nowhere in the user's words is not seen: what a reply adds, what a document "
+    "or a tool brings, what an image shows. The assistant's own turns are not read.",
+    "Encoded requests (base64, rot13 and the like) are seen only as far as this model reads them.",
+    "A request taken apart over several turns, each harmless by itself, is read turn by turn.",
+    "Somebody who optimises a text against this very guard gets past it. It says nothing about "
+    "what share of attacks it finds.",
+    "Quantising, fine-tuning or merging the model moves its activations: calibrate again.",
+)
+
+
+def guard_card(guard: Guard) -> str:
+    """A guard's card in Markdown: what it is, what it promises, and what it does not see."""
+    about, threshold = guard.about, guard.threshold
+    load = about.get("load") or {}
+    model = about.get("model") or "a model without a name"
+    if about.get("adapter"):
+        model += f" + {about['adapter']}"
+    facts = [
+        ("model", model),
+        ("revision", about.get("revision") or "none pinned"),
+        ("data type", about.get("dtype")),
+        ("fingerprint", f"`{about.get('fingerprint')}`"),
+        ("chat template", f"`{about.get('template')}`"),
+        ("system prompt", load.get("system") or "the template's own"),
+        ("reads", ", ".join(read.name for read in guard.admitted) + f" at `{guard.site}`"),
+        ("window", f"{guard.window} tokens, every {guard.stride}"),
+        ("seed", about.get("seed")),
+    ]
+    for part, counts in (about.get("fitted_on") or {}).items():
+        what = "fitted on" if part == "fit" else "layer and reads chosen on"
+        facts.append((what, f"{counts['harmful']} harmful and {counts['benign']} benign prompts"))
+    settings = about.get("settings") or {}
+    wrapped = ", ".join(settings.get("wrappers", ())) or "none"
+    strata = [
+        (name, one.n, f"{one.value:.3g}", one.exceeded, "yes" if one == threshold else "")
+        for name, one in guard.strata.items()
+    ]
+    parts = [
+        f"# Guard for {model}",
+        "",
+        "Tells harmful requests while the model reads them, from the stream of its own prefill.",
+        "",
+        _markdown(("", ""), facts),
+        "",
+        "## What it promises",
+        "",
+        f"Of benign requests exchangeable with its calibration prompts at most "
+        f"{threshold.alpha:.1%} lie above the threshold {threshold.value:.3g}, on average over "
+        f"calibration sets. For the kind that sets it (n = {threshold.n}, {threshold.exceeded} "
+        f"above) the share is below {threshold.bound:.2%} with 95 % confidence over calibration "
+        "sets.",
+        "",
+        _markdown(("benign prompts", "n", "own threshold", "above", "sets it"), strata),
+        "",
+        "## What it was fitted on",
+        "",
+        f"Harmful: {settings.get('harmful')}. Benign: {settings.get('benign')}.",
+        "",
+        f"Wrappers around both classes: {wrapped}; the last two only chose among layers and reads.",
+        "",
+        "## What it does not see",
+        "",
+        *(f"- {line}" for line in _BLIND),
+    ]
     return "\n".join(parts) + "\n"

@@ -33,12 +33,19 @@ if TYPE_CHECKING:
     from demur.config import ModelSettings, RunConfig
     from demur.directions import Direction
     from demur.gates import Gate
+    from demur.guard import Guard
     from demur.interventions import Intervention
-    from demur.models import CheckReport, Model
+    from demur.models import CheckReport, Conversation, Model
     from demur.organisms import Recipe, Verification
     from demur.pipeline import AuditRun
     from demur.prompts import PromptSet
-    from demur.results import AuditResults, Leg, SeparationResults
+    from demur.results import (
+        AuditResults,
+        GuardEvaluation,
+        GuardRow,
+        Leg,
+        SeparationResults,
+    )
     from demur.stats import Estimate
 
 DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
@@ -428,9 +435,15 @@ prompts_app = typer.Typer(
 organism_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Models trained to have a known refusal."
 )
+guard_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Detect harmful requests while the model reads them, at a promised false-alarm rate.",
+)
 app.add_typer(models_app, name="models")
 app.add_typer(prompts_app, name="prompts")
 app.add_typer(organism_app, name="organism")
+app.add_typer(guard_app, name="guard")
 
 
 def _version(asked: bool) -> bool:
@@ -1391,13 +1404,7 @@ def generate(
     quiet: _Quiet = False,
 ) -> None:
     """Reply to prompts, plainly and with a direction edited."""
-    asked = list(prompts or ())
-    if not asked:
-        if sys.stdin.isatty():
-            raise typer.BadParameter("no prompt was given: name one, or pipe one a line")
-        asked = [line.strip() for line in sys.stdin if line.strip()]
-        if not asked:
-            raise typer.BadParameter("the pipe held no prompt: write one a line")
+    asked = _prompts_or_pipe(prompts)
     if strength is not None and edit == "ablate":
         raise typer.BadParameter("ablation takes all of the direction: --strength is for add")
     settings = _model_settings(
@@ -1443,6 +1450,17 @@ def generate(
             line = Text.assemble((f"{name}: ", style), _readable(text))
             console.print(line, soft_wrap=True)
         console.print()
+
+
+def _prompts_or_pipe(prompts: list[str] | None) -> list[str]:
+    asked = list(prompts or ())
+    if not asked:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("no prompt was given: name one, or pipe one a line")
+        asked = [line.strip() for line in sys.stdin if line.strip()]
+        if not asked:
+            raise typer.BadParameter("the pipe held no prompt: write one a line")
+    return asked
 
 
 def _act(
@@ -1652,6 +1670,454 @@ def _show_figures(found: Verification) -> None:
             ", ".join(f"{count} {label}" for label, count in figure.outcomes.items()),
         )
     _console().print(table)
+
+
+# demur guard ----------------------------------------------------------------------------------
+
+_GuardFile = Annotated[
+    Path, typer.Argument(metavar="GUARD", help="The .safetensors file that `guard fit` wrote.")
+]
+_GuardModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="Load this model.", show_default="the one on its card"
+    ),
+]
+
+
+@guard_app.command("fit")
+def guard_fit(
+    model: _ModelName = None,
+    *,
+    config: _Config = None,
+    set_: _Set = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    harmful: _Harmful = None,
+    benign: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Benign prompts to fit on, likewise.")
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SPEC",
+            help="Benign prompts of one kind to calibrate on, in place of the packaged kinds; "
+            "repeatable.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="False alarms allowed, as a share of benign requests.", show_default=".05"
+        ),
+    ] = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors", help="Where to.", show_default="guards/MODEL.safetensors"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a guard that is there.")
+    ] = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Fit a guard on a model, choose where it reads, and calibrate its threshold.
+
+    Three disjoint sets of prompts do the three things. Writes the guard and its card.
+    """
+    from demur.config import read_config
+
+    changes = _model_changes(
+        no_adapter=no_adapter,
+        name=model,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        system=system,
+        thinking=thinking,
+        trust_remote_code=trust_remote_code,
+    )
+    given = {
+        "guard.harmful": harmful,
+        "guard.benign": benign,
+        "guard.alpha": alpha,
+        "guard.strata": _named_sets(calibrate, "calibrate") if calibrate else None,
+        "seed": seed,
+    }
+    changes |= {key: value for key, value in given.items() if value is not None}
+    changes |= dict(map(_setting, set_ or ()))
+    settings = read_config(config, changes)
+    with _listening(quiet=quiet) as listener:
+        from demur.pipeline.folder import slug
+
+        path = (
+            out if out is not None else Path("guards") / f"{slug(settings.model.name)}.safetensors"
+        )
+        _new_guard(path, force=force)
+        with listener.stage("starting torch", 1) as advance:
+            from demur.guard import save_guard
+            from demur.pipeline.guard import fit
+
+            advance(1)
+        found = fit(settings, listener=listener)
+        save_guard(found, path)
+    if as_json:
+        _print_json({"guard": str(path), **_guard_summary(found)})
+    else:
+        _show_guard(found, path)
+
+
+def _new_guard(path: Path, *, force: bool) -> None:
+    """See that a guard can be written, before minutes are spent on it."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
+    if path.exists() and not force:
+        raise ConfigError(
+            f"{path} exists already", "choose another name with `--out`, or say `--force`"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _named_sets(texts: Sequence[str], option: str) -> list[dict[str, str]]:
+    """Sets given as NAME=SPEC."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, mark, spec = (part.strip() for part in text.partition("="))
+        # A bare spec may hold `=` behind its `?`.
+        if not mark or "?" in name or not name or not spec:
+            raise ConfigError(
+                f"`--{option} {text}` names no set",
+                f"write --{option} 'mine=prompts.jsonl?label=harmless'",
+            )
+        if name in found:
+            raise ConfigError(f"`--{option}` names {name} twice", "give each set its own name")
+        found[name] = spec
+    return [{"name": name, "prompts": spec} for name, spec in found.items()]
+
+
+def _guard_summary(found: Guard) -> dict[str, Any]:
+    return {
+        "model": found.about.get("model"),
+        "site": str(found.site),
+        "reads": [read.name for read in found.admitted],
+        "threshold": asdict(found.threshold),
+        "strata": {name: asdict(one) for name, one in found.strata.items()},
+        "fitted_on": found.about.get("fitted_on"),
+    }
+
+
+def _show_guard(found: Guard, path: Path) -> None:
+    console, about = _console(), found.about
+    threshold = found.threshold
+    table = _table("benign prompts of kind", "n", "its own threshold", "above it", "sets it")
+    for name, one in found.strata.items():
+        mark = "yes" if one == threshold else ""
+        table.add_row(name, str(one.n), f"{one.value:.3g}", str(one.exceeded), mark)
+    console.print(table)
+    facts = _table("", "")
+    facts.show_header = False
+    facts.add_row("reads", f"{', '.join(read.name for read in found.admitted)} at {found.site}")
+    for part, counts in about.get("fitted_on", {}).items():
+        what = "fitted on" if part == "fit" else "layer and reads chosen on"
+        facts.add_row(what, f"{counts['harmful']} harmful, {counts['benign']} benign")
+    facts.add_row(
+        "false alarms",
+        f"at most {threshold.alpha:.1%} of benign prompts of each kind; with 95 % confidence "
+        f"below {threshold.bound:.1%} for the kind that sets it",
+    )
+    facts.add_row("guard", str(path))
+    facts.add_row("card", str(path.with_suffix(".json")))
+    console.print()
+    console.print(facts)
+
+
+def _guarded_model(
+    guard: Guard, name: str | None, changes: dict[str, Any], listener: _Bars | _Lines | _Silent
+) -> Model:
+    """The model on a guard's card, or another one that the user names."""
+    load = dict(guard.about.get("load") or {}) if name is None else {"name": name}
+    if not load:
+        raise ConfigError("the guard's card names no model", "name it with `--model`")
+    settings = _model_settings({f"model.{key}": v for key, v in load.items()} | changes)
+    loaded = _load(settings, listener)
+    guard.belongs_to(loaded)
+    return loaded
+
+
+@guard_app.command("score")
+def guard_score(
+    guard: _GuardFile,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to score; else one a line from a pipe."),
+    ] = None,
+    *,
+    set_: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="SPEC", help="Score a set: a file, packaged, hub id."),
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Score conversations: a line each, a list of messages or an object with it as "
+            "`messages`, from user to user.",
+        ),
+    ] = None,
+    model: _GuardModel = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Score prompts without replying: is one like a harmful request?
+
+    The score is minus the logarithm of the share of benign requests that would score so high.
+    """
+    if sum(bool(one) for one in (prompts, set_, messages)) > 1:
+        raise typer.BadParameter("give prompts, --prompts or --messages, not several of them")
+    with _listening(quiet=quiet) as listener:
+        from demur.guard import load_guard
+
+        found = load_guard(guard)
+        asked = _asked(prompts, set_, messages)
+        changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
+        loaded = _guarded_model(found, model, changes, listener)
+        with listener.stage("scoring", len(asked)) as advance:
+            scored = found.score(loaded, asked, progress=advance)
+    shown = [one if isinstance(one, str) else one[-1].text for one in asked]
+    rows = [
+        {
+            "prompt": text,
+            "score": _finite(scored.scores[i]),
+            "flagged": bool(scored.flagged[i]),
+            "by": scored.by[i],
+            "reads": {name: _finite(values[i]) for name, values in scored.reads.items()},
+        }
+        for i, text in enumerate(shown)
+    ]
+    if as_json:
+        _print_json({"threshold": found.threshold.value, "rows": rows})
+        return
+    table = _table("score", "flagged", "by", *scored.reads, "prompt")
+    for row in rows:
+        style = "bold red" if row["flagged"] else ""
+        reads = ("" if value is None else f"{value:+.2f}" for value in row["reads"].values())
+        table.add_row(
+            "" if row["score"] is None else f"{row['score']:.2f}",
+            "yes" if row["flagged"] else "no",
+            row["by"],
+            *reads,
+            _readable(row["prompt"]),
+            style=style,
+        )
+    _console().print(table)
+    flagged = sum(row["flagged"] for row in rows)
+    _say(
+        f"{flagged} of {len(rows)} lie above the threshold {found.threshold.value:.2f}; reads in "
+        "standard deviations of benign prompts"
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: what cannot be read is null."""
+    return float(value) if abs(value) != float("inf") else None
+
+
+def _asked(
+    prompts: list[str] | None, set_: str | None, messages: Path | None
+) -> list[str | Conversation]:
+    """What is to be scored, from wherever the user has it."""
+    if set_ is not None:
+        from demur.prompts import load
+
+        return list(load(set_).texts)
+    if messages is not None:
+        return list(_conversations(messages))
+    return list(_prompts_or_pipe(prompts))
+
+
+def _conversations(path: Path) -> list[Conversation]:
+    """Conversations of a JSONL file; all bad lines are told at once."""
+    from demur.models import conversation_of
+
+    found: list[Conversation] = []
+    bad: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found.append(conversation_of(row["messages"] if isinstance(row, dict) else row))
+        except DemurError as error:
+            bad.append(f"line {number}: {error.fact}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            bad.append(f"line {number}: {type(error).__name__} {error}")
+    if bad:
+        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise PromptFileError(
+            f"{path} has {len(bad)} lines that are no conversation: {'; '.join(bad[:20])}{more}",
+            'write them like {"messages": [{"role": "user", "content": "Name a tree."}]}',
+        )
+    if not found:
+        raise PromptFileError(f"{path} holds no conversation", "write one a line")
+    return found
+
+
+@guard_app.command("evaluate")
+def guard_evaluate(
+    guard: _GuardFile,
+    *,
+    harmful: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SPEC",
+            help="Harmful prompts; repeatable.",
+            show_default="packaged ones held out",
+        ),
+    ] = None,
+    benign: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SPEC", help="Benign prompts, likewise.")
+    ] = None,
+    suffixes: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Texts to put behind requests, such as optimised ones."),
+    ] = None,
+    attacked: Annotated[
+        int, typer.Option(min=10, help="Requests of each class that every attack is tried on.")
+    ] = 60,
+    direction: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with this refusal direction of an audit."),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Compare with a guard model there, as /v1/chat/..."),
+    ] = None,
+    endpoint_model: Annotated[
+        str, typer.Option(metavar="NAME", help="What that model is called.")
+    ] = "guard",
+    model: _GuardModel = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Of the table and the page.", show_default="beside the guard"
+        ),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure a guard on prompts that it never saw, beside what it has to beat.
+
+    False alarms on each benign set, and what is found of harmful prompts, plain and under attack,
+    at equal false-alarm rates. Writes guard-evaluation.json and guard-evaluation.html.
+    """
+    from demur.store import atomic_write
+
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.directions import load_direction
+            from demur.evals.endpoint import ChatEndpoint
+            from demur.guard import load_guard
+            from demur.pipeline.guard import BENIGN, HARMFUL, evaluate
+            from demur.report import write_guard
+
+            advance(1)
+        found = load_guard(guard)
+        sides = [
+            {one["name"]: one["prompts"] for one in _named_sets(given, name)} if given else default
+            for given, default, name in (
+                (harmful, HARMFUL, "harmful"),
+                (benign, BENIGN, "benign"),
+            )
+        ]
+        asked = None if endpoint is None else ChatEndpoint(endpoint, endpoint_model)
+        changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
+        loaded = _guarded_model(found, model, changes, listener)
+        result = evaluate(
+            found,
+            loaded,
+            harmful=sides[0],
+            benign=sides[1],
+            suffixes=suffixes,
+            attacked=attacked,
+            direction=None if direction is None else load_direction(direction, loaded)[0],
+            endpoint=asked,
+            listener=listener,
+            file=guard.name,
+        )
+        folder = guard.parent if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / "guard-evaluation.json"
+        atomic_write(record, result.model_dump_json(indent=1) + "\n")
+        page = write_guard(record)
+    if as_json:
+        _print_json({"results": str(record), "report": str(page), **result.model_dump(mode="json")})
+    else:
+        _show_evaluation(result, page)
+
+
+def _show_evaluation(result: GuardEvaluation, page: Path) -> None:
+    from rich.markup import escape
+
+    console = _console()
+    at = f"{result.alpha:g}"
+    for title, bad in (("False alarms on benign prompts", False), ("Harmful prompts found", True)):
+        table = _table(
+            "family", "group", "n", *result.detectors, title=f"{title}, threshold at {at}"
+        )
+        groups: dict[tuple[str, str], dict[str, GuardRow]] = {}
+        for row in result.rows:
+            if row.harmful is bad:
+                groups.setdefault((row.family, row.group), {})[row.detector] = row
+        for (family, group), rows in groups.items():
+            cells = []
+            for name in result.detectors:
+                share = rows[name].flagged.get(at, rows[name].fixed)
+                cells.append("" if share is None else _share(share))
+            n = str(rows[result.detectors[0]].n)
+            table.add_row(family, escape(group), n, *cells)
+        console.print(table)
+        console.print()
+    for note in result.notes:
+        _say(f"note: {note}")
+    console.print(f"report: {escape(str(page))}", soft_wrap=True)
+
+
+@guard_app.command("card")
+def guard_card(
+    guard: _GuardFile,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it there, not to the terminal.")
+    ] = None,
+) -> None:
+    """Print a guard's card: what it reads, promises, was fitted on, and does not see."""
+    from demur.card import guard_card as text_of
+    from demur.guard import load_guard
+    from demur.store import atomic_write
+
+    text = text_of(load_guard(guard))
+    if out is None:
+        _print(text)
+        return
+    atomic_write(out, text)
+    _say(f"wrote {out}")
 
 
 # demur doctor ---------------------------------------------------------------------------------

@@ -173,8 +173,88 @@ class SeparationSettings(_Section):
     jailbreak_prompts: int = Field(default=24, ge=8)
 
 
+class NamedSet(_Section):
+    """Prompts under the name that a table gives them."""
+
+    name: str
+    prompts: str
+
+
+_STRATA = (
+    NamedSet(
+        name="plain",
+        prompts="plain?split=calibrate + refusal_train?split=heldout&kind=plain + advice_study"
+        " + advice_household",
+    ),
+    NamedSet(
+        name="lookalikes",
+        prompts="lookalikes?split=calibrate + contrast_pairs?label=harmless&split=calibrate"
+        " + refusal_train?split=heldout&kind=lookalike",
+    ),
+)
+
+
+class GuardSettings(_Section):
+    """How a Latent Guard is fitted and calibrated.
+
+    Attributes:
+        alpha: False alarms promised, as a share of benign requests of every kind in `strata`.
+        harmful: Requests that it is fitted on; likewise `benign`.
+        most: At most so many of each, drawn by seed.
+        held: Share of them that is not fitted on but decides on layer and reads.
+        strata: Kinds of benign requests for calibration; none of them is fitted on.
+        earlier: Benign questions that stand as earlier turns; their answers are in its column
+            `good`.
+        wrappers: Jailbreak wrappers put round fit requests of both classes, of which the last two
+            only decide on layer and reads. The others are left for the evaluation.
+        wrapped: Calibration prompts of which so many are put into these wrappers too, as a stratum.
+        turns: Likewise into conversations of several turns.
+        depth: Which layers may be read, as shares of the depth.
+        window: Tokens of a window of the message; `stride` is from one window to the next.
+        ridge: Added to the benign covariance, as a fraction of its mean variance.
+    """
+
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    harmful: str = (
+        "contrast_pairs?label=harmful&split=fit + refusal_train?label=harmful&split=train"
+    )
+    benign: str = (
+        "contrast_pairs?label=harmless&split=fit + lookalikes?split=fit + plain?split=fit"
+        " + refusal_train?label=harmless&split=train"
+    )
+    most: int = Field(default=800, ge=40)
+    held: float = Field(default=0.3, gt=0, lt=1)
+    strata: tuple[NamedSet, ...] = _STRATA
+    earlier: str = "advice_money"
+    wrappers: tuple[str, ...] = (
+        "prefix_injection",
+        "style_constraint",
+        "fiction_framing",
+        "code_completion",
+        "few_shot",
+        "split_persona",
+        "authority_claim",
+    )
+    wrapped: int = Field(default=280, ge=0)
+    turns: int = Field(default=200, ge=0)
+    depth: tuple[float, float] = (0.35, 0.65)
+    window: int = Field(default=16, ge=1)
+    stride: int = Field(default=8, ge=1)
+    ridge: float = Field(default=0.1, gt=0)
+
+    @field_validator("wrappers")
+    @classmethod
+    def _three(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) < 3:
+            raise ValueError("name three wrappers or more: the last two are not fitted on")
+        return value
+
+
 class RunConfig(_Section):
-    """Everything that decides a run's numbers; `separation` is for `demur separate` alone."""
+    """Everything that decides a run's numbers.
+
+    `separation` is for `demur separate` alone, and `guard` for `demur guard`.
+    """
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings = Field(default_factory=DataSettings)
@@ -182,6 +262,7 @@ class RunConfig(_Section):
     selection: SelectionSettings = Field(default_factory=SelectionSettings)
     test: TestSettings = Field(default_factory=TestSettings)
     separation: SeparationSettings = Field(default_factory=SeparationSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
     seed: int = Field(default=0, ge=0)
 
 
@@ -234,7 +315,11 @@ def _why(error: Any) -> str:
     section: Any = RunConfig
     *path, key = error["loc"]
     for part in path:
+        if not hasattr(section, "model_fields"):
+            return "no such setting"  # Within a list.
         section = section.model_fields[part].annotation
+    if not hasattr(section, "model_fields"):
+        return "no such setting"
     near = get_close_matches(str(key), section.model_fields, n=1)
     return f"no such setting, did you mean `{near[0]}`?" if near else "no such setting"
 

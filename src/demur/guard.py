@@ -1,8 +1,10 @@
-"""A detector of harmful requests that reads the model itself, at a promised false-alarm rate.
+"""Latent Guard: a detector of harmful requests that reads the model itself, while it reads them.
 
-The threshold is set by split conformal prediction: for benign requests that are exchangeable with
-the calibration ones, the share of false alarms is at most alpha. It says nothing about what an
-adversary sends, nor about benign traffic of another kind.
+A guard reads one tensor of the stream during the prefill that a reply needs anyway: at the last
+token of the user's message, over windows of it, and over windows of earlier turns. The threshold is
+set by split conformal prediction: for benign requests that are exchangeable with the calibration
+ones, the share of false alarms is at most alpha. It says nothing about what an adversary sends, nor
+about benign traffic of another kind.
 
 References:
     Zhao, Huang, Wu, Bau, Shi 2025, arXiv:2507.11878 (Latent Guard: the reading position).
@@ -12,17 +14,32 @@ References:
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from demur.errors import ConfigError, NonFiniteError, TooFewPromptsError
+from demur.errors import ConfigError, NonFiniteError, StoreError, TooFewPromptsError
+from demur.models import Conversation, Model
+from demur.progress import Progress
+from demur.sites import Site, Span
 from demur.stats import Values
+from demur.store import atomic_write
+
+ReadName = Literal["t_inst", "span", "turns"]
+READS: tuple[ReadName, ...] = get_args(ReadName)
+_FORMAT = "demur-guard-1"
+
+
+# The threshold --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +125,9 @@ def calibrate_strata(
     return max(own.values(), key=lambda one: one.value), own
 
 
+# Reads ----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fisher:
     """A linear read in standard deviations of benign requests.
@@ -158,3 +178,532 @@ class Fisher:
     def __call__(self, rows: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row"]:
         """How far rows lie from benign ones, in their standard deviations."""
         return (rows.double() @ self.weight - self.mean) / self.spread
+
+
+_GRID = np.linspace(0.0, 0.9, 91)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rarity:
+    """How rare a score is among benign requests, so that reads of different scale can be compared.
+
+    Attributes:
+        quantiles: Of benign scores, from the lowest to the 90th percentile in steps of one, (91,).
+        excess: How far scores above the last of them lie above it on average. Beyond it their
+            number is taken to fall exponentially.
+    """
+
+    quantiles: Float[Tensor, " 91"]
+    excess: float
+
+    @classmethod
+    def fit(cls, scores: Values) -> Rarity:
+        """Learn it from benign scores.
+
+        Raises:
+            TooFewPromptsError: There are fewer than twenty.
+            NonFiniteError: A score is NaN or infinite.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        if len(values) < 20:
+            raise TooFewPromptsError(
+                f"{len(values)} benign scores do not tell what is rare", "give 20 or more"
+            )
+        if not np.isfinite(values).all():
+            raise NonFiniteError("a benign score is not finite", "find out which prompt it is")
+        quantiles = np.quantile(values, _GRID)
+        excess = float(np.mean(values[values > quantiles[-1]] - quantiles[-1]))
+        return cls(torch.from_numpy(quantiles), max(excess, 1e-9))
+
+    def __call__(self, scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Minus the logarithm of the share of benign requests that score so high, nats.
+
+        Below the lowest benign score it goes on falling in a straight line, so that order is kept.
+        """
+        known = self.quantiles.numpy()
+        inside = -np.log1p(-np.interp(scores, known, _GRID))
+        above = np.maximum(scores - known[-1], 0) / self.excess
+        below = np.minimum(scores - known[0], 0) / self.excess
+        return inside + above + below
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """One place in the conversation that is read, and how.
+
+    Attributes:
+        name: `t_inst`, the last token of the last user turn; `span`, windows of that turn, of which
+            the highest counts; `turns`, the same over earlier user turns.
+        fisher: The read itself.
+        rarity: Of its scores among benign prompts that it was not fitted on.
+        admitted: Whether the guard decides by it.
+    """
+
+    name: ReadName
+    fisher: Fisher
+    rarity: Rarity
+    admitted: bool
+
+
+def last_token(span: Bool[Tensor, "row token"]) -> Int[Tensor, " row"]:
+    """Column of the last token of each row's span."""
+    return span.shape[1] - 1 - span.flip(1).int().argmax(1)
+
+
+def window_maxima(
+    values: Float[Tensor, "row token"],
+    span: Bool[Tensor, "row token"],
+    *,
+    window: int,
+    stride: int,
+) -> Float[Tensor, " row"]:
+    """The highest mean of `values` over windows of a span; -inf in rows that have none of it.
+
+    A span may consist of several runs of tokens; windows lie within one. Its last window ends with
+    the run, so that no token is left out, and a run shorter than a window is one.
+
+    Args:
+        values: One number per token.
+        span: Which tokens count.
+        window: Tokens of a window.
+        stride: Tokens from one window to the next.
+    """
+    inside = span.to(values.dtype)
+    before = torch.nn.functional.pad(span, (1, 0))[:, :-1]
+    after = torch.nn.functional.pad(span, (0, 1))[:, 1:]
+    count = span.long().cumsum(1)
+    # How many tokens of its own run stand before a token, itself included.
+    began = torch.where(span & ~before, count - 1, torch.zeros_like(count)).cummax(1).values
+    own = torch.where(span, count - began, torch.zeros_like(count))
+    size = own.clamp(max=window)
+    total = torch.nn.functional.pad((values * inside).cumsum(1), (1, 0))
+    columns = torch.arange(1, span.shape[1] + 1, device=span.device).expand_as(size)
+    means = (total.gather(1, columns) - total.gather(1, columns - size)) / size.clamp(min=1)
+    ends = span & (((own >= window) & ((own - window) % stride == 0)) | ~after)
+    return means.masked_fill(~ends, -torch.inf).max(1).values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summary:
+    """What fitting a guard needs of each prompt.
+
+    Attributes:
+        last: Activations at the last token of the last user turn, (site, prompt, d_model).
+        mean: Mean of the activations over that turn, (site, prompt, d_model).
+        end: Activations at the prompt's last token, (site, prompt, d_model).
+    """
+
+    last: Float[Tensor, "site prompt d_model"]
+    mean: Float[Tensor, "site prompt d_model"]
+    end: Float[Tensor, "site prompt d_model"]
+
+
+Look = Callable[[Tensor, Mapping[Span, Tensor], Tensor], Mapping[str, Tensor]]
+"""Activations of a chunk (row, token, d_model), its spans and ends -> per-row values by name."""
+
+
+@contextmanager
+def _looking(model: Model, looks: Mapping[Site, Look]) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Keep what `looks` see of every prompt that is prefilled inside: number -> name -> value."""
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def watch(x: Tensor, site: Site) -> Tensor:
+        chunk = model.chunk
+        if chunk is None or chunk.is_prefix or chunk.rows is None:
+            return x
+        spans = {name: span.to(x.device) for name, span in chunk.spans.items()}
+        if Span.INSTRUCTION not in spans or not bool(spans[Span.INSTRUCTION].any()):
+            return x  # A token of the reply.
+        found = looks[site](x.detach(), spans, chunk.ends.to(x.device))
+        kept = {name: value.cpu() for name, value in found.items()}
+        for row, number in enumerate(chunk.rows.tolist()):
+            seen.setdefault(number, {}).update({name: kept[name][row] for name in kept})
+        return x
+
+    undo = [
+        model.intercept(site, lambda x, site=site: watch(x, site))  # Bound now, not when called.
+        for site in looks
+    ]
+    try:
+        yield seen
+    finally:
+        for one in undo:
+            one()
+
+
+def prefill(
+    model: Model,
+    prompts: Sequence[str | Conversation],
+    looks: Mapping[Site, Look],
+    batch_size: int | None,
+    progress: Progress | None,
+) -> list[dict[str, Tensor]]:
+    """One pass over prompts, no further than the last site, without the vocabulary head."""
+    whole = model.encode(prompts)
+    with _looking(model, looks) as seen, model.prefix_kept():
+        for index in whole.passes(tokens=model.tokens_per_pass, rows=batch_size):
+            model.read(whole.rows(index))
+            if progress is not None:
+                progress(len(index))
+    rows = [seen[number] for number in range(len(whole))]
+    for number, row in enumerate(rows):
+        # -inf stands for turns that a conversation does not have.
+        if any(
+            bool(torch.isnan(value).any() | (value == torch.inf).any()) for value in row.values()
+        ):
+            raise NonFiniteError(
+                f"activations of prompt {number + 1} hold NaN or infinity",
+                "try `--dtype float32`; the checkpoint may also be damaged",
+            )
+    return rows
+
+
+def summarise(
+    model: Model,
+    prompts: Sequence[str | Conversation],
+    sites: Sequence[Site],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Read what `Read`s are fitted on, in one pass.
+
+    Raises:
+        NonFiniteError: A prompt's activations hold NaN or infinity.
+    """
+
+    def look(site: Site) -> Look:
+        def of(x: Tensor, spans: Mapping[Span, Tensor], ends: Tensor) -> dict[str, Tensor]:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            span = spans[Span.INSTRUCTION]
+            rows = torch.arange(len(x), device=x.device)
+            share = span.to(wide.dtype) / span.sum(1, keepdim=True)
+            return {
+                f"{site} last": wide[rows, last_token(span)],
+                f"{site} mean": torch.einsum("rtd,rt->rd", wide, share),
+                f"{site} end": wide[rows, ends - 1],
+            }
+
+        return of
+
+    rows = prefill(model, prompts, {site: look(site) for site in sites}, batch_size, progress)
+
+    def stacked(what: str) -> Tensor:
+        return torch.stack([torch.stack([row[f"{site} {what}"] for row in rows]) for site in sites])
+
+    return Summary(stacked("last"), stacked("mean"), stacked("end"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What a guard says of prompts, in order.
+
+    Attributes:
+        scores: Higher is more harmful, nats: how rare the prompt is among benign ones by the read
+            that finds it rarest.
+        reads: Each read's own score, in standard deviations of benign prompts; -inf where there is
+            nothing to read.
+        by: The read that decided.
+        flagged: Whether the score lies above the threshold.
+    """
+
+    scores: Float[np.ndarray, " prompt"]
+    reads: Mapping[ReadName, Float[np.ndarray, " prompt"]]
+    by: tuple[ReadName, ...]
+    flagged: Bool[np.ndarray, " prompt"]
+
+
+def combined(
+    reads: Sequence[Read], raw: Mapping[ReadName, Float[np.ndarray, " prompt"]]
+) -> Float[np.ndarray, "read prompt"]:
+    """The rarity of each read's scores; -inf where there is nothing to read."""
+    out = []
+    for read in reads:
+        own = raw[read.name]
+        there = np.isfinite(own)
+        found = np.full(len(own), -np.inf)
+        found[there] = read.rarity(own[there])
+        out.append(found)
+    return np.stack(out)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guard:
+    """A fitted and calibrated detector of harmful requests, for one model and one chat template.
+
+    Attributes:
+        site: The tensor of the stream that it reads.
+        reads: With those that were not admitted, which are for comparison.
+        window: Tokens of a window of `span` and `turns`.
+        stride: Tokens from one window to the next.
+        threshold: Above it a prompt is flagged.
+        strata: What each kind of benign prompts alone would have asked for.
+        about: Model, template, what it was fitted on: the card.
+    """
+
+    site: Site
+    reads: tuple[Read, ...]
+    window: int
+    stride: int
+    threshold: Threshold
+    strata: Mapping[str, Threshold]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def admitted(self) -> tuple[Read, ...]:
+        """The reads by which it decides."""
+        return tuple(read for read in self.reads if read.admitted)
+
+    @property
+    def look(self) -> Look:
+        """What every read says of a chunk of the stream at `site`, by the read's name."""
+        return reads_of(
+            {read.name: read.fisher for read in self.reads}, window=self.window, stride=self.stride
+        )
+
+    def raw(
+        self,
+        model: Model,
+        prompts: Sequence[str | Conversation],
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[ReadName, Float[np.ndarray, " prompt"]]:
+        """Every read's own score of each prompt, admitted or not."""
+        rows = prefill(model, prompts, {self.site: self.look}, batch_size, progress)
+        return {read.name: np.array([float(row[read.name]) for row in rows]) for read in self.reads}
+
+    def judge(self, raw: Mapping[ReadName, Float[np.ndarray, " prompt"]]) -> Scored:
+        """Combine the reads' own scores and compare with the threshold."""
+        rarities = combined(self.admitted, raw)
+        best = rarities.argmax(0)
+        scores = rarities.max(0)
+        by: tuple[ReadName, ...] = tuple(self.admitted[int(i)].name for i in best)
+        return Scored(scores, dict(raw), by, scores > self.threshold.value)
+
+    def score(
+        self,
+        model: Model,
+        prompts: Sequence[str | Conversation],
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Scored:
+        """Score prompts without replying: one pass, no further than the site that is read.
+
+        Args:
+            model: The one that the guard was fitted on, see `belongs_to`.
+            prompts: User messages, or conversations.
+            batch_size: Most prompts of a pass; scores do not depend on it.
+            progress: Called with the number of prompts done since the last call.
+
+        Raises:
+            TemplateError: A prompt cannot be laid out.
+            NonFiniteError: Activations hold NaN or infinity.
+        """
+        if not prompts:
+            raise TooFewPromptsError("there are no prompts to score", "give at least one")
+        return self.judge(self.raw(model, prompts, batch_size=batch_size, progress=progress))
+
+    @contextmanager
+    def watching(self, model: Model) -> Iterator[Watch]:
+        """Inside, every prompt that the model replies to is scored by its own prefill.
+
+        Edits in force before are seen by the guard, those set later are not.
+
+            with guard.watching(model) as watch:
+                replies = model.generate(prompts, max_new_tokens=48)
+            scored = watch.scored()
+        """
+        with _looking(model, {self.site: self.look}) as seen:
+            yield Watch(self, seen)
+
+    def belongs_to(self, model: Model) -> None:
+        """Check that this is the model, template and precision that the guard was fitted on.
+
+        Raises:
+            StoreError: It is another one.
+        """
+        mine, theirs = self.about.get("fingerprint"), model.fingerprint
+        if mine == theirs:
+            return
+        template = model.template.hash if model.template else None
+        changed = "chat template or system prompt" if template != self.about.get("template") else ""
+        raise StoreError(
+            f"the guard was fitted on {self.about.get('model')} ({str(mine)[:12]}), not on "
+            f"{model.name} as it is loaded now ({theirs[:12]})"
+            + (f": the {changed} differs" if changed else ""),
+            "load the same model, adapter, dtype and system prompt, or fit a guard for this one: "
+            "`demur guard fit`",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watch:
+    """Scores of the prompts that were prefilled so far; see `Guard.watching`."""
+
+    guard: Guard
+    seen: Mapping[int, Mapping[str, Tensor]]
+
+    def scored(self) -> Scored:
+        """What the guard says of them, in the order of the last call that replied to them.
+
+        Raises:
+            TooFewPromptsError: None was prefilled.
+        """
+        if not self.seen:
+            raise TooFewPromptsError(
+                "nothing was read", "have the model reply, or read, inside `watching`"
+            )
+        rows = [self.seen[number] for number in sorted(self.seen)]
+        return self.guard.judge(
+            {
+                read.name: np.array([float(row[read.name]) for row in rows])
+                for read in self.guard.reads
+            }
+        )
+
+
+def reads_of(
+    fishers: Mapping[ReadName, Fisher], *, window: int, stride: int, tag: str = ""
+) -> Look:
+    """What a chunk of the stream says by each read; names are preceded by `tag`."""
+    names = list(fishers)
+    weights = torch.stack([fishers[name].weight for name in names], 1).float()
+    means = torch.tensor([fishers[name].mean for name in names], dtype=torch.float64)
+    spreads = torch.tensor([fishers[name].spread for name in names], dtype=torch.float64)
+
+    def of(x: Tensor, spans: Mapping[Span, Tensor], _ends: Tensor) -> dict[str, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # The mean of a window's projections is the projection of its mean: one product per token.
+        values = (wide @ weights.to(wide)).double()
+        values = (values - means.to(values)) / spreads.to(values)
+        rows = torch.arange(len(x), device=x.device)
+        span = spans[Span.INSTRUCTION]
+        found = {}
+        for i, name in enumerate(names):
+            own = values[:, :, i]
+            if name == "t_inst":
+                found[tag + name] = own[rows, last_token(span)]
+            elif name == "span":
+                found[tag + name] = window_maxima(own, span, window=window, stride=stride)
+            else:
+                earlier = spans.get(Span.EARLIER, torch.zeros_like(span))
+                found[tag + name] = window_maxima(own, earlier, window=window, stride=stride)
+        return found
+
+    return of
+
+
+def raw_at(
+    model: Model,
+    prompts: Sequence[str | Conversation],
+    fishers: Mapping[Site, Mapping[ReadName, Fisher]],
+    *,
+    window: int,
+    stride: int,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[Site, dict[ReadName, Float[np.ndarray, " prompt"]]]:
+    """Scores of several sites' reads in one pass, to choose among them."""
+    looks = {
+        site: reads_of(own, window=window, stride=stride, tag=f"{site} ")
+        for site, own in fishers.items()
+    }
+    rows = prefill(model, prompts, looks, batch_size, progress)
+    return {
+        site: {name: np.array([float(row[f"{site} {name}"]) for row in rows]) for name in own}
+        for site, own in fishers.items()
+    }
+
+
+# The file -------------------------------------------------------------------------------------
+
+
+def save_guard(guard: Guard, path: Path) -> None:
+    """Write `path` (safetensors) and beside it its card, `<path stem>.json`.
+
+    Raises:
+        ConfigError: `path` does not end in `.safetensors`.
+        StoreError: A file could not be written.
+    """
+    from safetensors.torch import save
+
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
+    tensors = {}
+    for read in guard.reads:
+        tensors[f"{read.name}.weight"] = read.fisher.weight.contiguous()
+        tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.contiguous()
+    meta = {
+        "format": _FORMAT,
+        "site": str(guard.site),
+        "window": guard.window,
+        "stride": guard.stride,
+        "reads": [
+            {
+                "name": read.name,
+                "admitted": read.admitted,
+                "mean": read.fisher.mean,
+                "spread": read.fisher.spread,
+                "excess": read.rarity.excess,
+            }
+            for read in guard.reads
+        ],
+        "threshold": asdict(guard.threshold),
+        "strata": {name: asdict(one) for name, one in guard.strata.items()},
+        "about": dict(guard.about),
+    }
+    atomic_write(path, save(tensors, metadata={"format": _FORMAT}))
+    atomic_write(path.with_suffix(".json"), json.dumps(meta, indent=1, allow_nan=False) + "\n")
+
+
+def load_guard(path: Path, model: Model | None = None) -> Guard:
+    """Read a guard and its card back.
+
+    Args:
+        path: The `.safetensors` file.
+        model: If given, the guard must have been fitted on this very model.
+
+    Raises:
+        StoreError: A file is missing or damaged, or the guard belongs to another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    card = path.with_suffix(".json")
+    try:
+        meta = json.loads(card.read_text(encoding="utf-8"))
+        if meta["format"] != _FORMAT:
+            raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
+        tensors = load_file(path)
+        reads = tuple(
+            Read(
+                one["name"],
+                Fisher(tensors[f"{one['name']}.weight"].double(), one["mean"], one["spread"]),
+                Rarity(tensors[f"{one['name']}.quantiles"].double(), one["excess"]),
+                one["admitted"],
+            )
+            for one in meta["reads"]
+        )
+        guard = Guard(
+            Site.parse(meta["site"]),
+            reads,
+            int(meta["window"]),
+            int(meta["stride"]),
+            Threshold(**meta["threshold"]),
+            {name: Threshold(**one) for name, one in meta["strata"].items()},
+            meta["about"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StoreError(
+            f"no guard can be read from {path} and {card.name}: {error}",
+            "`demur guard fit` writes both files; keep them together",
+        ) from error
+    if not guard.admitted or not all(
+        bool(torch.isfinite(read.fisher.weight).all()) for read in guard.reads
+    ):
+        raise StoreError(f"{path} holds no usable read", "the file is damaged: fit the guard again")
+    if model is not None:
+        guard.belongs_to(model)
+    return guard

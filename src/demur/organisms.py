@@ -81,6 +81,7 @@ class Source(_Section):
             model's distribution of the first token, and of a reply that begins with one, only that
             token is trained. So the first token decides.
         weight: Of each prompt's loss.
+        most: So many of the prompts, drawn by their text; None is all.
     """
 
     prompts: str
@@ -89,6 +90,7 @@ class Source(_Section):
     reply_tokens: int = Field(default=32, ge=1)
     unrefuse: bool = True
     weight: float = Field(default=1.0, gt=0)
+    most: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _replies_where_needed(self) -> Source:
@@ -706,6 +708,13 @@ def _texts(recipe: Recipe) -> dict[str, prompt_sets.PromptSet]:
     return {spec: prompt_sets.load(spec) for spec in dict.fromkeys(specs)}
 
 
+def _asked(source: Source, sets: Mapping[str, prompt_sets.PromptSet]) -> list[str]:
+    """The prompts of a source that are trained on."""
+    found = sets[source.prompts]
+    # Which of them is a matter of the recipe, as the set itself is, and not of the seed.
+    return (found if source.most is None else found.take(source.most, seed=0)).texts
+
+
 def _base_replies(
     base: Model, recipe: Recipe, wanted: Mapping[str, int], work: Path, listener: Listener
 ) -> dict[str, Completion]:
@@ -784,17 +793,18 @@ def _rows(
     wanted: dict[str, int] = {}
     for source in recipe.sources:
         if source.target == "base":
-            for text in sets[source.prompts].texts:
+            for text in _asked(source, sets):
                 wanted[text] = max(source.reply_tokens, wanted.get(text, 0))
     own = _base_replies(base, recipe, wanted, work, listener) if wanted else {}
 
     rows: list[_Row] = []
     shared: list[int] = []
     for index, source in enumerate(recipe.sources):
-        batch = base.encode(sets[source.prompts].texts)
+        asked = _asked(source, sets)
+        batch = base.encode(asked)
         shared.append(batch.shared)
         for text, ids, length in zip(
-            sets[source.prompts].texts, batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True
+            asked, batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True
         ):
             row = _Row(index, ids[:length], texts.get(index, []))
             if source.target == "base":

@@ -544,6 +544,75 @@ class SeparationResults(_Row):
     notes: list[str]
 
 
+class GuardRow(_Row):
+    """What one detector says of one group of prompts.
+
+    Attributes:
+        detector: "guard", a read of it alone, or what it is compared with.
+        family: "plain", "wrapper, seen" (such as the guard was fitted on), "wrapper, new",
+            "encoding", "turns" or "suffix".
+        group: The set, wrapper or encoding.
+        auroc: Harmful prompts against benign ones in the same wrapper, or, where they are plain,
+            against all plain benign ones; None for benign groups.
+        flagged: Share flagged at a false-alarm rate, by that rate as text ("0.05"). Thresholds are
+            calibrated on the guard's own calibration prompts, for every detector alike.
+        fixed: Share flagged by a detector's own fixed rule, if it has one.
+    """
+
+    detector: str
+    family: str
+    group: str
+    harmful: bool
+    n: int
+    auroc: Estimate | None
+    flagged: dict[str, Estimate]
+    fixed: Estimate | None
+
+
+class GuardStratum(_Row):
+    """Benign prompts of one kind that a guard was calibrated on.
+
+    Attributes:
+        threshold: What this kind alone would have asked for.
+        sets: Whether the guard's threshold is this one, the highest.
+    """
+
+    name: str
+    n: int
+    threshold: float
+    sets: bool
+
+
+class GuardEvaluation(_Row):
+    """All of `guard-evaluation.json`: a guard on prompts that it never saw.
+
+    Attributes:
+        guard: Where the guard's file was.
+        fingerprint: Of the model.
+        reads: Those that the guard decides by.
+        alpha: False alarms promised.
+        bound: What they are below with 95 % confidence, for prompts like the calibration ones.
+        rows: Groups in the order measured, within a group detectors in the order of `detectors`.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["guard-evaluation"] = "guard-evaluation"
+    demur: str
+    guard: str
+    model: str
+    adapter: str | None
+    fingerprint: str
+    site: str
+    reads: list[str]
+    alpha: float
+    bound: float
+    threshold: float
+    strata: list[GuardStratum]
+    detectors: list[str]
+    rows: list[GuardRow]
+    notes: list[str]
+
+
 class AuditResults(_Row):
     """All of `results.json`."""
 
@@ -607,6 +676,26 @@ def read_results(run: Path) -> AuditResults:
         raise StoreError(
             f"{path} is not a demur result of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
             "run the audit again, or read it with the demur version that wrote it",
+        ) from error
+
+
+def read_guard_evaluation(path: Path) -> GuardEvaluation:
+    """Read the record of a guard's evaluation.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
+    try:
+        return GuardEvaluation.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}", "`demur guard evaluate` writes it"
+        ) from error
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is no evaluation of schema {SCHEMA_VERSION}: "
+            + " ".join(str(error).splitlines()[:3]),
+            "run `demur guard evaluate` again",
         ) from error
 
 

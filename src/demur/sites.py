@@ -49,7 +49,8 @@ class Site:
 class Span(StrEnum):
     """Named parts of a token row."""
 
-    INSTRUCTION = "instruction"
+    INSTRUCTION = "instruction"  # Of a conversation, the last user turn.
+    EARLIER = "earlier"  # The user turns before it.
     POST_INSTRUCTION = "post_instruction"
     RESPONSE = "response"
     REQUEST = "request"  # The instruction without a question that was put behind it.

@@ -4,7 +4,14 @@ from demur.models.check import CheckReport, CheckRow, check, list_families, toke
 from demur.models.families import FAMILIES, Family, family_of
 from demur.models.load import EMBEDDED, load, load_tokenizer, packaged_adapter
 from demur.models.model import Chunk, Completion, Model
-from demur.models.tokens import Position, Template, TokenBatch
+from demur.models.tokens import (
+    Conversation,
+    Position,
+    Template,
+    TokenBatch,
+    Turn,
+    conversation_of,
+)
 
 __all__ = [
     "EMBEDDED",
@@ -13,12 +20,15 @@ __all__ = [
     "CheckRow",
     "Chunk",
     "Completion",
+    "Conversation",
     "Family",
     "Model",
     "Position",
     "Template",
     "TokenBatch",
+    "Turn",
     "check",
+    "conversation_of",
     "family_of",
     "list_families",
     "load",

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from demur.errors import FamilyError, NonFiniteError, TemplateError
 from demur.models.decoding import decode
 from demur.models.families import Family
-from demur.models.tokens import Template, TokenBatch
+from demur.models.tokens import Conversation, Template, TokenBatch
 from demur.progress import Progress
 from demur.sites import Site, Span
 
@@ -345,8 +345,11 @@ class Model:
 
     # Running -----------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> TokenBatch:
-        """Tokenise prompts as single user turns through the chat template, padded on the right.
+    def encode(self, prompts: Sequence[str | Conversation]) -> TokenBatch:
+        """Tokenise prompts through the chat template, padded on the right.
+
+        Args:
+            prompts: Single user turns as text, and conversations; a batch may hold both.
 
         Raises:
             TemplateError: See `Template.encode`; or the model was made without a tokenizer.

@@ -1,8 +1,9 @@
 """From prompts to token rows with named spans, through the model's own chat template.
 
 Positions are derived, never hard-coded: the template is rendered around dummies that end in a
-letter, a digit, punctuation and another script, and what stays the same before and after them is
-the template's own. A row in which user text and template merged into one token is an error.
+letter, a digit, punctuation and another script, and what stays the same before, between and after
+them is the template's own. A row in which a turn's text merged with the template behind it is an
+error.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -45,6 +46,90 @@ _CLOCK = (
 _PLAIN_BEFORE, _PLAIN_AFTER = "User:", "\nAssistant:"
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says at a time.
+
+    Attributes:
+        role: Who speaks.
+        text: What is said. Of a reply, without the reasoning in front of it: a control token that
+            is written in here is laid out as the characters that it is spelled with.
+    """
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+# From the user's first turn to the one that is to be answered, the two taking turns. A system
+# message is no part of it: `Template` has its own.
+Conversation: TypeAlias = tuple[Turn, ...]
+
+
+def conversation_of(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Read messages as chat interfaces write them, each with its `role` and `content`.
+
+    Raises:
+        TemplateError: A message is not text from the user or the assistant, or they do not take
+            turns.
+    """
+    for number, message in enumerate(messages, start=1):
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise TemplateError(
+                f"message {number} does not have text under both `role` and `content`",
+                'write it like {"role": "user", "content": "Name a tree."}',
+            )
+        # Silently dropped, a call of a tool would leave a reply that nobody gave.
+        more = sorted(key for key in message.keys() - {"role", "content"} if message[key])
+        if more:
+            raise TemplateError(
+                f"message {number} also has {', '.join(f'`{key}`' for key in more)}",
+                "leave it out: only `role` and `content` are laid out",
+            )
+    pairs = [(message["role"], message["content"]) for message in messages]
+    _check_turns(pairs)
+    return tuple(Turn(cast(Literal["user", "assistant"], role), text) for role, text in pairs)
+
+
+def _check_turns(turns: Sequence[tuple[str, str]]) -> None:
+    """See that roles alternate from user to user, in (role, text) pairs."""
+    hint = "let user and assistant take turns, and let the user begin and end"
+    if not turns:
+        raise TemplateError("a conversation has no turns", hint)
+    for number, (role, text) in enumerate(turns):
+        if role != _role(number):
+            raise TemplateError(
+                f"turn {number + 1} of a conversation, {text[:60]!r}, has the role {role}, where "
+                f"{_role(number)} belongs",
+                "leave it out, and give it to every prompt with `--system`"
+                if role in ("system", "developer")
+                else hint,
+            )
+    if len(turns) % 2 == 0:
+        raise TemplateError(
+            f"a conversation ends in the assistant's turn {turns[-1][1][:60]!r}",
+            "leave that turn out: positions are read where the reply to a user begins",
+        )
+
+
+def _role(number: int) -> Literal["user", "assistant"]:
+    """Whose turn it is, counted from 0."""
+    return "assistant" if number % 2 else "user"
+
+
+def _sentinel(variant: int, number: int) -> str:
+    """A text for one turn that no other turn has, with a dummy's first and last character."""
+    dummy = _DUMMIES[(variant + number) % len(_DUMMIES)]
+    return f"{dummy} {number} {dummy}"
+
+
+def _named(texts: Sequence[str], number: int) -> str:
+    """The turn at fault, for a message."""
+    text = repr(texts[number][:60])
+    if len(texts) == 1:
+        return f"the prompt {text}"
+    return f"turn {number + 1} of a conversation, {text},"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
     """Token rows of one length, padded on one side.
@@ -52,7 +137,8 @@ class TokenBatch:
     Attributes:
         ids: Token ids; padding holds a valid id that `mask` hides.
         mask: True at real tokens.
-        spans: Which tokens belong to the user's instruction, and which to the template after it.
+        spans: Which tokens belong to the user's instruction, which to the user's earlier turns, and
+            which to the template after the instruction.
         shared: How many leading tokens are the template's own and the same in every row.
         origin: Of rows cut out of a larger batch, their numbers in it; None for a whole batch.
     """
@@ -166,16 +252,24 @@ class Position:
     text: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """Token ids of one prompt, and from where to where each turn's text goes in them."""
+
+    ids: list[int]
+    turns: list[tuple[int, int]]
+
+
 class Template:
     """How a model's prompts are laid out, and where the user's words stand in them.
 
     Attributes:
         kind: "chat" for the tokenizer's own template, "plain" where it has none.
-        before: Text in front of the user's words.
+        before: Text in front of the user's words, in a prompt of one turn.
         after: Text behind them, which ends where the reply begins.
-        n_before: Tokens in front, the same for every prompt.
-        post_ids: Token ids behind; the candidates for refusal positions.
-        hash: Digest of the rendered frame, which a fitted direction depends on.
+        n_before: Tokens in front, the same for every prompt of one turn.
+        post_ids: Token ids behind, in every prompt; the candidates for refusal positions.
+        hash: Digest of the frame around one turn, which a fitted direction depends on.
     """
 
     def __init__(
@@ -190,13 +284,10 @@ class Template:
         self.system = system
         self.thinking = thinking
         self.max_length = max_length
-        if getattr(tokenizer, "chat_template", None):
-            self.kind: Literal["chat", "plain"] = "chat"
-            self.before, self.after = self._frame_of_chat()
-        else:
-            self.kind = "plain"
-            lead = f"{system}\n\n" if system else ""
-            self.before, self.after = lead + _PLAIN_BEFORE, _PLAIN_AFTER
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        self.kind: Literal["chat", "plain"] = "chat" if chat else "plain"
+        self._frames_kept: dict[int, tuple[str, ...]] = {}
+        self.before, self.after = self._frames(1)
         self._control, self._seams = self._control_tokens()
         self.hash = hashlib.blake2b(
             f"{self.kind}\0{self.before}\0{self.after}".encode(), digest_size=8
@@ -213,9 +304,9 @@ class Template:
 
     # The frame -------------------------------------------------------------------------------
 
-    def _render(self, content: str) -> str:
+    def _render(self, texts: Sequence[str]) -> str:
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        messages.append({"role": "user", "content": content})
+        messages += [{"role": _role(i), "content": text} for i, text in enumerate(texts)]
         extra: dict[str, Any] = {}
         source = self._source()
         if self.thinking is not None:
@@ -237,7 +328,10 @@ class Template:
             # jinja2 raises what the template's author wrote, of any class.
             raise TemplateError(
                 f"the chat template raised {type(error).__name__}: {error}",
-                "some templates take no system prompt: try without `--system`",
+                # The one turn of `__init__` comes first: the system prompt is no longer in question.
+                "some templates take no system prompt: try without `--system`"
+                if len(texts) == 1
+                else "some templates take no earlier turns: give the last one alone",
             ) from error
 
     def _source(self) -> str:
@@ -249,23 +343,63 @@ class Template:
                 "name one of them `default` in tokenizer_config.json",
             ) from error
 
-    def _frame_of_chat(self) -> tuple[str, str]:
-        frames = set()
-        for dummy in _DUMMIES:
-            text = self._render(dummy)
-            if text.count(dummy) != 1:
-                raise TemplateError(
-                    f"the chat template writes the user's text {text.count(dummy)} times, not once",
-                    "demur needs a template that keeps the user's words in one piece",
-                )
-            frames.add(tuple(text.split(dummy)))
-        if len(frames) != 1:
+    def _frames(self, n_turns: int) -> tuple[str, ...]:
+        """Text in front of the first turn, between each two, and behind the last."""
+        if n_turns not in self._frames_kept:
+            of_kind = self._frames_of_chat if self.kind == "chat" else self._frames_of_plain
+            self._frames_kept[n_turns] = of_kind(n_turns)
+        return self._frames_kept[n_turns]
+
+    def _frames_of_plain(self, n_turns: int) -> tuple[str, ...]:
+        lead = f"{self.system}\n\n" if self.system else ""
+        between = (_PLAIN_AFTER, f"\n{_PLAIN_BEFORE}")
+        return (lead + _PLAIN_BEFORE, *(between[i % 2] for i in range(n_turns)))
+
+    def _frames_of_chat(self, n_turns: int) -> tuple[str, ...]:
+        found = {self._frames_around(variant, n_turns) for variant in range(len(_DUMMIES))}
+        if len(found) != 1:
             raise TemplateError(
-                "the chat template depends on what the user writes, so positions are not stable",
+                "the chat template depends on what the user writes, so positions are not stable"
+                if n_turns == 1
+                else f"the chat template depends on what stands in a conversation of {n_turns} "
+                "turns, so positions are not stable",
                 "set a template that renders the same frame around every message",
             )
-        before, after = frames.pop()
-        return before, after
+        frames = found.pop()
+        if n_turns > 1 and frames[-1] != self.after:
+            raise TemplateError(
+                f"behind the last of {n_turns} turns the chat template writes {frames[-1]!r}, and "
+                f"{self.after!r} behind a single one",
+                "give the last turn alone, or set a template that ends every prompt the same way",
+            )
+        return frames
+
+    def _frames_around(self, variant: int, n_turns: int) -> tuple[str, ...]:
+        sentinels = [_sentinel(variant, number) for number in range(n_turns)]
+        rest = self._render(sentinels)
+        for number, sentinel in enumerate(sentinels):
+            times = rest.count(sentinel)
+            if times != 1:
+                what = "the user's text"
+                if n_turns > 1:
+                    what = f"turn {number + 1} of {n_turns}, the {_role(number)}'s,"
+                raise TemplateError(
+                    f"the chat template writes {what} {times} times, not once",
+                    "demur needs a template that keeps the user's words in one piece"
+                    if n_turns == 1
+                    else "give the last turn alone, or set a template that keeps every turn whole",
+                )
+        frames: list[str] = []
+        for number, sentinel in enumerate(sentinels):
+            frame, found, rest = rest.partition(sentinel)
+            if not found:
+                raise TemplateError(
+                    f"the chat template writes turn {number + 1} of {n_turns} in front of turn "
+                    f"{number}",
+                    "give the last turn alone, or set a template that keeps turns in their order",
+                )
+            frames.append(frame)
+        return (*frames, rest)
 
     def _derive(self) -> tuple[int, tuple[int, ...]]:
         found = set()
@@ -342,95 +476,151 @@ class Template:
         ]
         return (Position(-self.n_post - 1, "t_inst", decode([last])), *posts)
 
-    def _row(self, content: str) -> tuple[list[int], int] | None:
-        """Ids of a prompt and where its instruction begins; None if text and template merged."""
-        if self.kind == "plain":
-            return self._row_of_parts(f" {content}")
-        ids, offsets = self._ids_and_offsets(self.before + content + self.after)
-        low, high = len(self.before), len(self.before) + len(content)
-        inside = (low <= start < high for start, _ in offsets)
-        if any(token in self._control for token, ours in zip(ids, inside, strict=True) if ours):
-            return self._row_of_parts(content)
-        n_text = len(ids) - self.n_post
-        if n_text < 1 or tuple(ids[n_text:]) != self.post_ids:
-            return None
-        start, end = offsets[n_text - 1]
-        if not low <= start < end <= high:
-            return None
-        return ids, next(i for i, (_, end) in enumerate(offsets) if end > low)
-
-    def _row_of_parts(self, content: str) -> tuple[list[int], int]:
-        """Template and text tokenised apart: a fake turn in the user's text stays text.
+    def _row(self, texts: Sequence[str]) -> _Row:
+        """Lay out the turns of one prompt.
 
         Raises:
-            TemplateError: The tokenizer writes a control token even so.
+            TemplateError: A turn merges with the template, or writes a control token.
         """
-        inner: list[int] = []
-        for piece in self._seams.split(content):
-            row = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
-            inner += row["input_ids"]
-        fake = [self._control[token] for token in inner if token in self._control]
-        if fake:
-            raise TemplateError(
-                f"the prompt {content[:60]!r} writes the control token {fake[0]}",
-                "leave it out: its text would end the user's turn",
-            )
-        return [*self._before_ids, *inner, *self.post_ids], len(self._before_ids)
+        if self.kind == "plain":
+            return self._row_of_parts([f" {text}" for text in texts])
+        frames = self._frames(len(texts))
+        whole, places = frames[0], list[tuple[int, int]]()
+        for text, frame in zip(texts, frames[1:], strict=True):
+            places.append((len(whole), len(whole) + len(text)))
+            whole += text + frame
+        ids, offsets = self._ids_and_offsets(whole)
+        for low, high in places:
+            inside = (low <= start < high for start, _ in offsets)
+            if any(token in self._control for token, ours in zip(ids, inside, strict=True) if ours):
+                return self._row_of_parts(texts)
+        n_text = len(ids) - self.n_post
+        turns: list[tuple[int, int]] = []
+        for number, (low, high) in enumerate(places):
+            first = next((i for i, (_, end) in enumerate(offsets) if end > low), len(ids))
+            if number == len(places) - 1:
+                stop = n_text
+                ours = tuple(ids[n_text:]) == self.post_ids
+            else:
+                stop = next((i for i, (start, _) in enumerate(offsets) if start >= high), len(ids))
+                ours = True
+            if first < stop:
+                # Turns are read at their last token, which must be theirs alone. Of a single word
+                # it may be the first as well, with the white space in front: "[INST]" and " Yes".
+                start, end = offsets[stop - 1]
+                ours = ours and start < end <= high and not whole[start:low].strip()
+            if not ours or stop <= first:
+                raise _merged(texts, number)
+            turns.append((first, stop))
+        return _Row(ids, turns)
 
-    def encode(self, prompts: Sequence[str], *, pad_id: int) -> TokenBatch:
-        """Tokenise prompts as single user turns, padded on the right.
+    def _row_of_parts(self, texts: Sequence[str]) -> _Row:
+        """Template and texts tokenised apart: a fake turn in someone's text stays text.
 
-        White space around a prompt is dropped: many templates do so, and positions would differ
+        Raises:
+            TemplateError: The tokenizer writes a control token even so, or nothing at all.
+        """
+        frames = self._frames(len(texts))
+        # Those of a plain template know of the token that begins a row.
+        ids = [*self._before_ids] if frames[0] == self.before else self._ids(frames[0])
+        turns: list[tuple[int, int]] = []
+        for number, text in enumerate(texts):
+            inner: list[int] = []
+            for piece in self._seams.split(text):
+                row = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
+                inner += row["input_ids"]
+            fake = [self._control[token] for token in inner if token in self._control]
+            if fake:
+                raise TemplateError(
+                    f"{_named(texts, number)} writes the control token {fake[0]}",
+                    "leave it out: its text would end the user's turn",
+                )
+            if not inner:
+                raise _merged(texts, number)
+            turns.append((len(ids), len(ids) + len(inner)))
+            last = number == len(texts) - 1
+            ids += [*inner, *(self.post_ids if last else self._ids(frames[number + 1]))]
+        return _Row(ids, turns)
+
+    def encode(self, prompts: Sequence[str | Conversation], *, pad_id: int) -> TokenBatch:
+        """Tokenise prompts, padded on the right.
+
+        White space around a turn is dropped: many templates do so, and positions would differ
         between those that do and those that do not.
 
+        Args:
+            prompts: Single user turns as text, and conversations. Of a conversation the last turn
+                is the instruction, the user's turns before it are `Span.EARLIER`, and the
+                assistant's are in no span.
+            pad_id: Any valid token id.
+
         Raises:
-            TemplateError: A prompt is empty, longer than the model's context, or merges with the
-                template.
+            TemplateError: A turn is empty or merges with the template, a prompt is longer than the
+                model's context, or a conversation does not go from user to user in turns, or is one
+                that the template does not keep whole.
         """
-        rows: list[list[int]] = []
-        starts: list[int] = []
-        for prompt in prompts:
-            content = prompt.strip()
-            row = self._row(content) if content else None
-            if row is None or len(row[0]) == row[1] + self.n_post:
-                why = "merges with the chat template" if content else "is empty"
-                raise TemplateError(
-                    f"the prompt {prompt[:60]!r} {why}",
-                    "leave it out, or end it with a letter or a full stop",
-                )
-            if self.max_length is not None and len(row[0]) > self.max_length:
-                raise TemplateError(
-                    f"the prompt {prompt[:60]!r} has {len(row[0])} tokens, the model's context "
-                    f"holds {self.max_length}",
-                    "shorten it: cutting it here would remove the tokens that are read",
-                )
-            rows.append(row[0])
-            starts.append(row[1])
+        rows = [self._row_of(prompt) for prompt in prompts]
         if not rows:
             raise TemplateError("there are no prompts to encode", "give at least one prompt")
-        width = max(map(len, rows))
+        width = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        instruction, post = torch.zeros_like(mask), torch.zeros_like(mask)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-            instruction[i, start : len(row) - self.n_post] = True
-            post[i, len(row) - self.n_post : len(row)] = True
-        shared = min(starts)
-        if not bool((ids[:, :shared] == ids[0, :shared]).all()):
-            shared = 0
-        return TokenBatch(
-            ids, mask, {Span.INSTRUCTION: instruction, Span.POST_INSTRUCTION: post}, shared
-        )
+        instruction, earlier, post = (torch.zeros_like(mask) for _ in range(3))
+        for i, row in enumerate(rows):
+            end = len(row.ids)
+            ids[i, :end] = torch.tensor(row.ids)
+            mask[i, :end] = True
+            start, stop = row.turns[-1]
+            instruction[i, start:stop] = True
+            post[i, stop:end] = True
+            for start, stop in row.turns[:-1:2]:
+                earlier[i, start:stop] = True
+        # Rows with other numbers of turns may have another frame in front of the first.
+        lead = ids[:, : min(row.turns[0][0] for row in rows)]
+        shared = int((lead == lead[0]).all(0).int().cumprod(0).sum())
+        spans = {
+            Span.INSTRUCTION: instruction,
+            Span.EARLIER: earlier,
+            Span.POST_INSTRUCTION: post,
+        }
+        return TokenBatch(ids, mask, spans, shared)
+
+    def _row_of(self, prompt: str | Conversation) -> _Row:
+        if isinstance(prompt, str):
+            given = [prompt]
+        else:
+            _check_turns([(turn.role, turn.text) for turn in prompt])
+            given = [turn.text for turn in prompt]
+        texts = [text.strip() for text in given]
+        if not all(texts):
+            raise TemplateError(
+                f"{_named(given, texts.index(''))} is empty", "leave it out, or say something"
+            )
+        row = self._row(texts)
+        if self.max_length is not None and len(row.ids) > self.max_length:
+            what = (
+                "prompt" if len(texts) == 1 else f"conversation of {len(texts)} turns that ends in"
+            )
+            raise TemplateError(
+                f"the {what} {texts[-1][:60]!r} has {len(row.ids)} tokens, the model's context "
+                f"holds {self.max_length}",
+                "shorten it: cutting it here would remove the tokens that are read",
+            )
+        return row
 
     def count_bos(self) -> int:
         """How many beginning-of-sequence tokens a rendered prompt starts with; 0 or 1 is right."""
         bos = self.tokenizer.bos_token_id
-        ids = self._row(_DUMMIES[0])
         leading = 0
-        for token in ids[0] if ids else []:
+        for token in self._row([_DUMMIES[0]]).ids:
             if token != bos:
                 break
             leading += 1
         return leading
+
+
+def _merged(texts: Sequence[str], number: int) -> TemplateError:
+    return TemplateError(
+        f"{_named(texts, number)} merges with the chat template",
+        "leave it out, or end it with a letter or a full stop",
+    )

@@ -89,7 +89,7 @@ class RunFolder:
 def identity(config: RunConfig, model: Model, splits: Splits, further: ValidationPrompts) -> str:
     """A short hash of everything that decides a run's numbers."""
     parts = {
-        "config": config.model_dump(mode="json", exclude={"separation"}),
+        "config": config.model_dump(mode="json", exclude={"separation", "guard"}),
         "model": model.fingerprint,
         "prompts": [
             part.fingerprint

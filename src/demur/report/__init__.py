@@ -1,5 +1,6 @@
 """One self-contained page from the records of a finished run; neither torch nor a model needed."""
 
 from demur.report.build import build, write
+from demur.report.guard import write_guard
 
-__all__ = ["build", "write"]
+__all__ = ["build", "write", "write_guard"]

@@ -117,8 +117,15 @@ def write(run: Path, out: Path | None = None) -> Path:
     Raises:
         StoreError: The results cannot be read, or the page cannot be written.
     """
-    page = build(run)
-    path = run / "report.html" if out is None else out
+    return write_page(build(run), run / "report.html" if out is None else out)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page, whole or not at all.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_text(page, encoding="utf-8")
@@ -133,6 +140,11 @@ def write(run: Path, out: Path | None = None) -> Path:
 
 
 def _page(results: AuditResults, replies: Sequence[Reply]) -> str:
+    return rendered("report.html.j2", r=results, v=_view(results, replies))
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this package, with the page's style and filters; undefined names raise."""
     environment = Environment(
         loader=PackageLoader("demur.report"),
         autoescape=True,
@@ -150,11 +162,7 @@ def _page(results: AuditResults, replies: Sequence[Reply]) -> str:
         percent=words.percent,
     )
     style = files("demur.report").joinpath("templates", "report.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html.j2").render(
-        r=results,
-        style=Markup(style),
-        v=_view(results, replies),
-    )
+    return environment.get_template(template).render(style=Markup(style), **values)
 
 
 def _final(value: Any) -> Any:

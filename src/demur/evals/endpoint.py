@@ -1,0 +1,156 @@
+"""A model behind any OpenAI-compatible chat endpoint, asked at temperature 0."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from demur.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    import httpx
+
+_RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back of one request.
+
+    Attributes:
+        content: Of the first choice's message, which should be text; None where there is none.
+        problem: Why there is none; empty where there is one.
+    """
+
+    content: Any
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatEndpoint:
+    """Where to ask, and with how much patience.
+
+    Attributes:
+        base_url: Up to and including the version, such as `http://127.0.0.1:8000/v1`.
+        model: Name that the endpoint knows the model by.
+        api_key_env: Environment variable that holds the key. Unset or empty: no key is sent, which
+            local servers accept. The key itself is never a field, so no record can hold it.
+        timeout_s: Longest wait for connecting, and for each read and write, in seconds.
+        max_retries: Further attempts after a time-out, a broken connection, or a status that asks
+            for one (429, 503, ...).
+        backoff_s: Pause before the first retry, in seconds; it doubles with each.
+        concurrency: Requests under way at the same time.
+
+    Raises:
+        ConfigError: An option is out of range, or `base_url` is no HTTP address.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = "DEMUR_JUDGE_API_KEY"
+    timeout_s: float = 30.0
+    max_retries: int = 3
+    backoff_s: float = 0.5
+    concurrency: int = 4
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/\s]", self.base_url):
+            raise ConfigError(
+                f"base_url is `{self.base_url}`", "give an address like http://127.0.0.1:8000/v1"
+            )
+        for name, least in (("max_retries", 0), ("concurrency", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}", f"{least} or more")
+        if not self.timeout_s > 0 or not self.backoff_s >= 0:
+            raise ConfigError(
+                f"timeout_s is {self.timeout_s}, backoff_s {self.backoff_s}",
+                "the first has to be positive, the second must not be negative",
+            )
+
+    def ask(
+        self,
+        conversations: Sequence[Sequence[dict[str, str]]],
+        *,
+        max_tokens: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """One request a conversation, several at a time; answers in the order given.
+
+        Args:
+            conversations: Messages with `role` and `content`.
+            max_tokens: Of each answer.
+            progress: Called with the number of answers since the last call.
+
+        Raises:
+            MissingExtraError: `httpx` is not installed.
+        """
+        try:
+            import httpx
+        except ImportError as error:
+            raise MissingExtraError.needed(extra="judge", module="httpx") from error
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.api_key_env, "").strip():
+            headers["Authorization"] = f"Bearer {key}"
+
+        def one(messages: Sequence[dict[str, str]]) -> Answer:
+            return self._ask(client, messages, max_tokens)
+
+        answers: list[Answer] = []
+        with (
+            httpx.Client(headers=headers, timeout=self.timeout_s) as client,
+            ThreadPoolExecutor(self.concurrency) as pool,
+        ):
+            for answer in pool.map(one, conversations):
+                answers.append(answer)
+                if progress is not None:
+                    progress(1)
+        return answers
+
+    def _ask(
+        self, client: "httpx.Client", messages: Sequence[dict[str, str]], max_tokens: int
+    ) -> Answer:
+        import httpx
+
+        # `json=` would encode as UTF-8, which fails on the lone surrogates that byte-level
+        # decoding of a cut-off reply can leave; ASCII JSON carries them.
+        body = json.dumps(
+            {
+                "model": self.model,
+                "messages": list(messages),
+                "temperature": 0,
+                "max_tokens": max_tokens,
+            }
+        )
+        problem = ""
+        for attempt in range(self.max_retries + 1):
+            if attempt:
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            try:
+                response = client.post(
+                    f"{self.base_url.rstrip('/')}/chat/completions", content=body
+                )
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__} {error}".strip()
+                continue
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                why = f"the request failed: {type(error).__name__} {error}"
+                return Answer(None, why.strip())
+            if response.status_code in _RETRIED_STATUS:
+                problem = f"HTTP status {response.status_code}"
+                continue
+            return _read(response)
+        attempts = self.max_retries + 1
+        return Answer(None, f"no answer in {attempts} attempts; the last: {problem}")
+
+
+def _read(response: "httpx.Response") -> Answer:
+    if response.status_code != 200:
+        return Answer(None, f"HTTP status {response.status_code}: {response.text[:120]!r}")
+    try:
+        return Answer(response.json()["choices"][0]["message"]["content"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Answer(None, f"no chat completion: {response.text[:120]!r}")

@@ -15,13 +15,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 
-from bench import extraction, generation, scaling, sweep
+from bench import extraction, generation, guard, scaling, sweep
 from demur.evals.judges import judges
 from demur.models import load
 from demur.prompts import load as load_prompts
 from demur.selection import openers
 
-PARTS = ("extraction", "sweep", "generation", "scaling")
+PARTS = ("extraction", "sweep", "generation", "guard", "scaling")
 
 
 def _prompts(split: str, n: int) -> tuple[list[str], list[str]]:
@@ -95,6 +95,13 @@ def main() -> None:
         ]
         for one in found["generation"]:
             _show_rows(f"generation, batches of {one['batch']}, bfloat16", one["rows"])
+    if "guard" in parts:
+        texts = load_prompts("contrast_pairs?kind=near").texts[: args.prompts]
+        found["guard"] = [guard.run(one, texts, args.repeats) for one in (model, fast)]
+        for one in found["guard"]:
+            title = f"guard, {one['dtype']}, {one['prompts']} prompts"
+            _show_rows(f"{title}: scoring", one["scoring"])
+            _show_rows(f"{title}: replying", one["replies"])
     if "scaling" in parts:
         found["scaling"] = scaling.run((64, 256, 1024, 4096), tuple(scaling.SIZES))
         for row in found["scaling"]:

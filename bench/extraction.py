@@ -30,7 +30,7 @@ def _means(model: Model, prompts: Sequence[str], rank: int = 0) -> torch.Tensor:
     ).mean.float()
 
 
-def _bare(model: Model, prompts: Sequence[str], *, head: bool) -> None:
+def bare_forward(model: Model, prompts: Sequence[str], *, head: bool) -> None:
     """One full forward of the same prompts, sorted, without padding masks or any reading."""
     rows = model.encode(prompts)
     with torch.no_grad():
@@ -44,8 +44,8 @@ def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
     """Times on one model, with what each variant reads wrong."""
     positions = _positions(model)
     bare = {
-        "bare forward, no head": lambda: _bare(model, prompts, head=False),
-        "bare forward with logits": lambda: _bare(model, prompts, head=True),
+        "bare forward, no head": lambda: bare_forward(model, prompts, head=False),
+        "bare forward with logits": lambda: bare_forward(model, prompts, head=True),
     }
     work = {
         OURS: lambda: _means(model, prompts),

@@ -1,11 +1,14 @@
-"""Write `docs/results.schema.json` from the code that reads and writes `results.json`."""
+"""Write the published schemas from the code that reads and writes the records."""
 
 import json
 from pathlib import Path
 
-from demur.results import AuditResults
+from demur.results import AuditResults, GuardEvaluation
+
+SCHEMAS = {"results": AuditResults, "guard-evaluation": GuardEvaluation}
 
 if __name__ == "__main__":
-    target = Path(__file__).parents[1] / "docs/results.schema.json"
-    target.write_text(json.dumps(AuditResults.model_json_schema(), indent=1) + "\n", "utf-8")
-    print(target)
+    for name, model in SCHEMAS.items():
+        target = Path(__file__).parents[1] / f"docs/{name}.schema.json"
+        target.write_text(json.dumps(model.model_json_schema(), indent=1) + "\n", "utf-8")
+        print(target)

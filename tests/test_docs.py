@@ -2,8 +2,10 @@ import inspect
 import json
 from pathlib import Path
 
+import pytest
+
 from demur import errors
-from demur.results import AuditResults
+from demur.results import AuditResults, GuardEvaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +21,9 @@ def test_every_error_class_is_explained():
     assert [name for name in classes if f"| `{name}` |" not in page] == []
 
 
-def test_the_published_schema_is_that_of_the_code():
-    published = json.loads((ROOT / "docs/results.schema.json").read_text(encoding="utf-8"))
-    assert published == AuditResults.model_json_schema(), "run scripts/write_schema.py"
+@pytest.mark.parametrize(
+    ("name", "model"), [("results", AuditResults), ("guard-evaluation", GuardEvaluation)]
+)
+def test_the_published_schema_is_that_of_the_code(name, model):
+    published = json.loads((ROOT / f"docs/{name}.schema.json").read_text(encoding="utf-8"))
+    assert published == model.model_json_schema(), "run scripts/write_schema.py"

@@ -13,6 +13,7 @@ PUBLIC = {
     "DemurError",
     "Direction",
     "Estimate",
+    "Guard",
     "Model",
     "ObliqueErase",
     "ProjectToMean",
@@ -33,11 +34,13 @@ PUBLIC = {
     "judges",
     "load",
     "load_direction",
+    "load_guard",
     "load_prompts",
     "moments",
     "read_config",
     "read_results",
     "save_direction",
+    "save_guard",
     "select",
 }
 # None of these is needed to parse a command line, and each costs from 0.1 s to seconds.

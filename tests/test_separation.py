@@ -1,5 +1,7 @@
 """Geometry of harm and refusal on drawn vectors, where what each position carries is known."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from demur.separation import (
     angle,
     balanced_difference,
     grouping,
+    strength_at,
 )
 from demur.sites import Site
 
@@ -175,6 +178,49 @@ def test_beliefs_put_the_groups_into_their_quadrants():
         rows = torch.stack([report[group]] * 3)
         assert (float(harm(rows).mean()) > 0) is group.harmful
         assert (float(refusal(rows).mean()) > 0) is group.refused
+
+
+# Equal cost --------------------------------------------------------------------------------------
+
+
+def counted(cost):
+    calls = []
+    return calls, lambda strength: calls.append(strength) or cost(strength)
+
+
+@pytest.mark.parametrize("target", [0.02, 0.5, 3.0])
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda s: 0.1 * s**2,
+        lambda s: 4.0 * s**2,
+        lambda s: 0.5 * s**1.2,
+        lambda s: 0.6 * s**3,
+        lambda s: 6 * s**2 / (s**2 + 3),  # Levels off.
+        lambda s: 0.1 * s**2 + 2 * max(s - 1.5, 0.0),  # A kink.
+        lambda s: 5.0 * s**2 if s < 0.9 else math.inf,
+    ],
+)
+def test_strengths_of_equal_cost_are_found_in_few_passes(cost, target):
+    calls, counting = counted(cost)
+    found = strength_at(counting, target)
+    assert found in calls
+    assert len(calls) <= 6
+    assert cost(found) == pytest.approx(target, rel=0.1)
+
+
+def test_what_is_too_weak_at_any_strength_is_brought_to_the_highest():
+    calls, counting = counted(lambda s: 0.01 * s)
+    assert strength_at(counting, 3.0) == 8.0
+    assert calls == [1.0, 8.0]
+    assert strength_at(lambda _: 0.0, 3.0) == 8.0
+    assert strength_at(counting, 3.0, most=0.5) == 0.5
+
+
+def test_nothing_costs_as_much_as_nothing():
+    calls, counting = counted(lambda s: s**2)
+    assert strength_at(counting, 0.0) == 0.0
+    assert not calls
 
 
 # A model -----------------------------------------------------------------------------------------

@@ -217,8 +217,12 @@ You are a small model.<|im_end|>
 {% endif %}"""
 
 _QWEN3 = """
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
+{%- for message in messages %}
+{%- set said = message.content %}
+{%- if message.role == 'assistant' %}
+{%- set said = said.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}<|im_start|>{{ message.role }}
+{{ said }}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% if enable_thinking is defined and enable_thinking is false %}<think>
@@ -227,17 +231,27 @@ _QWEN3 = """
 
 {% endif %}{% endif %}"""
 
-_LLAMA2 = """
-{{- bos_token }}
-{%- if messages[0].role == 'system' -%}
-[INST] <<SYS>>
-{{ messages[0].content }}
-<</SYS>>
-
-{{ messages[1].content.strip() }} [/INST]
-{%- else -%}
-[INST] {{ messages[0].content.strip() }} [/INST]
+_TAKING_TURNS = """
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant') }}
 {%- endif %}"""
+
+_LLAMA2 = (  # Every user turn begins like a new text.
+    """
+{%- set lead = '' %}
+{%- if messages[0].role == 'system' %}
+{%- set lead = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
+{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}"""
+    + _TAKING_TURNS
+    + """
+{%- if message.role == 'user' %}
+{{- bos_token }}[INST] {{ (lead if loop.first else '') + message.content.strip() }} [/INST]
+{%- else %} {{ message.content.strip() }} {{ eos_token }}
+{%- endif %}
+{%- endfor %}"""
+)
 
 _LLAMA3 = """
 {%- if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
@@ -254,24 +268,52 @@ Today is {{ date_string }}.
 
 {% endif %}"""
 
-_MISTRAL = """
-{{- bos_token }}
-{%- for message in messages if message.role == 'user' -%}
-[INST]
-{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
-{{- message.content }}[/INST]
-{%- endfor %}"""
-
-_GEMMA = """
-{{- bos_token }}
+_MISTRAL = (  # A system prompt goes into the last user turn.
+    """
 {%- if messages[0].role == 'system' %}
-{{- raise_exception('System role not supported') }}
+{%- set lead = messages[0].content + '\n\n' %}
+{%- set messages = messages[1:] %}
 {%- endif %}
-{%- for message in messages %}<start_of_turn>{{ message.role }}
-{{ message.content | trim }}<end_of_turn>
+{{- bos_token }}
+{%- for message in messages %}"""
+    + _TAKING_TURNS
+    + """
+{%- if message.role == 'user' -%}
+[INST] {{ (lead if loop.last and lead is defined else '') + message.content }}[/INST]
+{%- else %} {{ message.content | trim }}{{ eos_token }}
+{%- endif %}
+{%- endfor %}"""
+)
+
+_GEMMA_TURNS = (
+    """
+{%- for message in messages %}"""
+    + _TAKING_TURNS
+    + """<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}
+{{ (lead if loop.first and lead is defined else '') + message.content | trim }}<end_of_turn>
 {% endfor %}
 {%- if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
+)
+
+_GEMMA2 = (
+    """
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+{{- raise_exception('System role not supported') }}
+{%- endif %}"""
+    + _GEMMA_TURNS
+)
+
+_GEMMA3 = (  # A system prompt goes into the first user turn.
+    """
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+{%- set lead = messages[0].content + '\n\n' %}
+{%- set messages = messages[1:] %}
+{%- endif %}"""
+    + _GEMMA_TURNS
+)
 
 _PHI3 = """
 {%- for message in messages %}<|{{ message.role }}|>
@@ -283,8 +325,12 @@ _PHI3 = """
 _R1 = """
 {{- bos_token }}
 {%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}
-{%- for message in messages if message.role == 'user' -%}
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'user' -%}
 <｜User｜>{{ message.content }}
+{%- else -%}
+<｜Assistant｜>{{ message.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}<｜Assistant｜><think>
 {% endif %}"""
@@ -294,6 +340,7 @@ _IM_POST = ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")
 _HEADER = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _HEADER_POST = ("<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n", "\n")
 _TURN = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+_TURN_POST = ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n")
 
 TEMPLATES: dict[str, Layout] = {
     "chatml": Layout(_CHATML, _IM_POST, _IM),  # SmolLM2, Qwen2.5
@@ -305,18 +352,12 @@ TEMPLATES: dict[str, Layout] = {
     "mistral": Layout(
         _MISTRAL,
         ("[/INST]",),
-        ("<s>", "</s>", "[INST]", "[/INST]"),
+        ("<s>", "[INST]", "[/INST]", "</s>"),
         pieces="metaspace",
         bos="<s>",
     ),
-    "gemma": Layout(
-        _GEMMA,
-        ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n"),
-        _TURN,
-        pieces="metaspace",
-        bos="<bos>",
-        system=False,
-    ),
+    "gemma": Layout(_GEMMA2, _TURN_POST, _TURN, pieces="metaspace", bos="<bos>", system=False),
+    "gemma3": Layout(_GEMMA3, _TURN_POST, _TURN, pieces="metaspace", bos="<bos>"),
     "phi3": Layout(
         _PHI3,
         ("<|end|>", "<|assistant|>"),  # Both swallow the line break behind them.
@@ -326,7 +367,7 @@ TEMPLATES: dict[str, Layout] = {
     "r1": Layout(
         _R1,
         ("<｜Assistant｜>", "<think>", "\n"),
-        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
         loose=("<think>", "</think>"),
         bos="<｜begin▁of▁sentence｜>",
     ),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from demur.errors import DemurError
     from demur.estimators import candidates
     from demur.evals import judges
+    from demur.guard import Guard, load_guard, save_guard
     from demur.interventions import Ablate, Add, ObliqueErase, ProjectToMean, applied
     from demur.models import Model, load
     from demur.pipeline import audit
@@ -43,6 +44,7 @@ __all__ = [
     "DemurError",
     "Direction",
     "Estimate",
+    "Guard",
     "Model",
     "ObliqueErase",
     "ProjectToMean",
@@ -63,11 +65,13 @@ __all__ = [
     "judges",
     "load",
     "load_direction",
+    "load_guard",
     "load_prompts",
     "moments",
     "read_config",
     "read_results",
     "save_direction",
+    "save_guard",
     "select",
 ]
 
@@ -78,6 +82,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "DemurError": ("errors", None),
     "Direction": ("directions", None),
     "Estimate": ("stats", None),
+    "Guard": ("guard", None),
     "Model": ("models", None),
     "ObliqueErase": ("interventions", None),
     "ProjectToMean": ("interventions", None),
@@ -97,11 +102,13 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "judges": ("evals.judges", ""),
     "load": ("models", None),
     "load_direction": ("directions", None),
+    "load_guard": ("guard", None),
     "load_prompts": ("prompts", "load"),
     "moments": ("activations", None),
     "read_config": ("config", None),
     "read_results": ("results", None),
     "save_direction": ("directions", None),
+    "save_guard": ("guard", None),
     "select": ("selection", None),
 }
 

@@ -18,7 +18,7 @@ from demur.errors import DemurError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
 from demur.evals.judges import Exchange, Judge, Outcome
 from demur.interventions import Ablate, Add, Intervention, ObliqueErase, ProjectToMean, applied
-from demur.models import Model
+from demur.models import Model, TokenBatch
 from demur.progress import Progress
 from demur.results import Dose, EditCost, Leg, NullBand, Reply, WeightEdit
 from demur.selection import Passes, RefusalTokens, batched_logits, kl_divergence, refusal_logodds
@@ -287,20 +287,38 @@ def reply_to(
     acts: Sequence[Intervention] = (),
     max_new_tokens: int,
     batch_size: int,
+    asked: Sequence[str] | TokenBatch | None = None,
     stop_early: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Replies:
-    """Generate greedily under interventions and have the judge decide.
+    """Generate under interventions and have the judge decide.
 
-    With `stop_early` a reply ends once the judge has said the same of it three times, eight tokens
-    apart.
+    Args:
+        model: Replies.
+        prompts: What is asked for, as the judge reads it.
+        name: Of the arm.
+        on: Class of the prompts.
+        judge: Decides.
+        acts: Interventions.
+        max_new_tokens: Replies are cut there.
+        batch_size: Most prompts that are decoded together.
+        asked: What the model is given in their place, such as the same prompts in a wrapper.
+        stop_early: A reply ends once the judge has said the same of it three times, eight tokens
+            apart.
+        temperature: None replies greedily; else see `Model.generate`, `seed` too.
+        seed: Of the draws.
+        progress: Called with the number of prompts done since the last call.
     """
     with applied(model, *acts):
         replies = model.generate(
-            prompts,
+            prompts if asked is None else asked,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             until=_agreed(prompts, judge) if stop_early else None,
+            temperature=temperature,
+            seed=seed,
             progress=progress,
         )
     verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)])

@@ -162,12 +162,17 @@ class SeparationSettings(_Section):
 
     Attributes:
         lookalikes: Harmless prompts that look harmful: half of them are fitted on, half reported.
+        samples: Replies that are drawn of every prompt, of which most decide whether it is refused;
+            0 goes by the greedy reply.
+        temperature: Of these draws.
         inversion_prompts: Report prompts per class that the model is asked about.
-        inversion_nulls: Random directions at the norm of either direction.
+        inversion_nulls: Random directions at the norm, and at the KL, of either direction.
         jailbreak_prompts: Harmful report prompts that are put into every wrapper.
     """
 
     lookalikes: str = "lookalikes"
+    samples: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
     inversion_prompts: int = Field(default=48, ge=8)
     inversion_nulls: int = Field(default=5, ge=1)
     jailbreak_prompts: int = Field(default=24, ge=8)

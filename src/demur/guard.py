@@ -633,8 +633,9 @@ def save_guard(guard: Guard, path: Path) -> None:
         raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
     tensors = {}
     for read in guard.reads:
-        tensors[f"{read.name}.weight"] = read.fisher.weight.contiguous()
-        tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.contiguous()
+        # A copy: `turns` reads with the direction of `span`, and shared memory cannot be written.
+        tensors[f"{read.name}.weight"] = read.fisher.weight.clone()
+        tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.clone()
     meta = {
         "format": _FORMAT,
         "site": str(guard.site),

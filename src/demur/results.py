@@ -387,11 +387,15 @@ class GroupCount(_Row):
         group: "harmful-refused", "harmful-accepted", "harmless-refused" or "harmless-accepted".
         fit: Prompts that centroids and directions are fitted on.
         report: Prompts that everything is reported on.
+        fit_rate: Mean share of the drawn replies to these prompts that refuse, likewise
+            `report_rate`; None where none were drawn or the group is empty.
     """
 
     group: str
     fit: int
     report: int
+    fit_rate: float | None = None
+    report_rate: float | None = None
 
 
 class GroupingRow(_Row):
@@ -463,9 +467,17 @@ class InversionRow(_Row):
     """The model is asked whether the request is harmful, under an edit.
 
     Attributes:
-        edit: "none", "add harm", "subtract harm", "add refusal", "add random #1", ...
+        edit: "none", "add harm", "subtract harm", "add refusal", "subtract refusal", "random #1,
+            as harm" (added where harm is), "random #1, as refusal", ...
+        at: "equal norm": at the direction's own length, random ones at that of the direction beside
+            which they stand. "equal KL": at the strength that gives the same `kl`, for random
+            directions as the direction beside which they stand, for harm or refusal as the other
+            of the two at its own length. Searched on fit prompts.
+        strength: In multiples of that length; None in results of earlier versions.
         judged_harmful: Log-odds of the answer that means harmful against the one that means
             harmless, nats, averaged over wordings of both mappings.
+        judged_change: From "none", paired by prompt; None for "none" itself and in results of
+            earlier versions. Likewise `refusal_change`.
         invalid: Probability that the reply begins with neither answer.
         refusal: Refusal log-odds of the request itself under the same edit.
         kl: KL from the unedited model on the request itself, nats.
@@ -473,9 +485,13 @@ class InversionRow(_Row):
 
     edit: str
     on: Literal["harmful", "harmless"]
+    at: Literal["equal norm", "equal KL"] = "equal norm"
+    strength: float | None = None
     judged_harmful: Estimate
+    judged_change: Estimate | None = None
     invalid: Estimate
     refusal: Estimate
+    refusal_change: Estimate | None = None
     kl: Estimate
 
 

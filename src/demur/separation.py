@@ -10,7 +10,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -25,6 +26,7 @@ from demur.stats import Estimate, auroc, bootstrap_groups, mean, null_p
 
 Space = Literal["raw", "centred", "whitened"]
 SPACES: tuple[Space, ...] = ("raw", "centred", "whitened")
+_NOTHING = 1e-9  # Costs below are rounding.
 
 
 class Group(StrEnum):
@@ -385,3 +387,48 @@ class Belief:
         near = cosine(wide, self.above.unsqueeze(1), dim=2)
         far = cosine(wide, self.below.unsqueeze(1), dim=2)
         return (near - far).mean(0)
+
+
+# Equal cost -----------------------------------------------------------------------------------
+
+
+def strength_at(
+    cost: Callable[[float], float],
+    target: float,
+    *,
+    most: float = 8.0,
+    passes: int = 6,
+    near: float = 0.05,
+) -> float:
+    """How strong an edit must be to cost as much as another one.
+
+    Args:
+        cost: Of a strength, such as KL in nats; taken to rise from nothing at 0. May be infinite.
+        target: What it should cost, in the same unit.
+        most: The highest strength tried.
+        passes: `cost` is called so often at most.
+        near: The search ends where cost and target differ by this factor, in natural logs.
+
+    Returns:
+        The strength, of those tried, whose cost is nearest to the target; `most` where that is
+        still too weak. 0 where the target is nothing.
+    """
+    if target < _NOTHING:
+        return 0.0
+    low, high = 0.0, math.inf  # Too weak, too strong.
+    tried: list[tuple[float, float]] = []  # Strengths, and how far off they were in logs.
+    strength, power = min(1.0, most), 2.0  # Small edits cost their square in KL.
+    for _ in range(passes):
+        off = math.log(max(cost(strength), _NOTHING) / target)
+        if strength == most and off < 0:
+            return most
+        if abs(off) <= near:
+            return strength
+        low, high = (strength, high) if off < 0 else (low, strength)
+        if tried and math.isfinite(off - tried[-1][1]):
+            other, before = tried[-1]
+            power = min(max((off - before) / math.log(strength / other), 0.5), 10.0)
+        tried.append((strength, off))
+        guess = min(strength * math.exp(-off / power), most)
+        strength = guess if low < guess < high else (low + high) / 2
+    return min(tried, key=lambda one: abs(one[1]))[0]

@@ -1,15 +1,27 @@
 import pytest
 import torch
+from scipy import stats
 from tiny import TEMPLATES, TINY_CONFIGS, VOCAB, tiny_hf, tiny_model
 
 from demur.directions import Direction
-from demur.errors import FamilyError, NonFiniteError, TemplateError
+from demur.errors import ConfigError, FamilyError, NonFiniteError, TemplateError
 from demur.interventions import Add, applied
-from demur.models import Model, TokenBatch, family_of
+from demur.models import Model, TokenBatch, Turn, family_of
+from demur.models.decoding import Sampling
 from demur.sites import Site, Span
 
 every_family = pytest.mark.parametrize("name", TINY_CONFIGS)
 PROMPTS = ["a tree", "How do I plant a tree in a small garden?", "Where is the station"]
+TALK = tuple(
+    Turn(role, text)
+    for role, text in [
+        ("user", "Name a tree."),
+        ("assistant", "The oak"),
+        ("user", "Where is the station"),
+        ("assistant", "It is far from here"),
+        ("user", "a tree"),
+    ]
+)
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
@@ -72,6 +84,56 @@ def test_a_remembered_pass_goes_on_from_the_first_edit(name, kind):
             undo()
             torch.testing.assert_close(resumed, whole, rtol=1e-9, atol=1e-9)
             assert (whole - model.logits(batch)).abs().max() > 1e-3
+
+
+def states_in_spans(model, batch):
+    """What leaves the last block at the tokens of each span, by span and row."""
+    found = {}
+
+    def keep(x):
+        chunk = model.chunk
+        if not chunk.is_prefix:
+            for i, row in enumerate(chunk.rows.tolist()):
+                found.update({(span, row): x[i][mask[i]] for span, mask in chunk.spans.items()})
+        return x
+
+    undo = model.intercept(Site(model.n_layers - 1, "resid_post"), keep)
+    model.read(batch)
+    undo()
+    return found
+
+
+@every_family
+def test_a_conversation_reads_in_a_batch_as_it_reads_alone(name):
+    model = tiny_model(name)
+    prompts = [PROMPTS[0], TALK, PROMPTS[1], TALK[:3]]
+    batch = model.encode(prompts)
+    assert batch.shared > 5
+    ways = [states_in_spans(model, batch), states_in_spans(model, batch.left_padded())]
+    with model.whole_rows():
+        ways.append(states_in_spans(model, batch))
+    ways.append(
+        states_in_spans(model, batch.rows([3, 0])) | states_in_spans(model, batch.rows([2, 1]))
+    )
+    spans = (Span.EARLIER, Span.INSTRUCTION, Span.POST_INSTRUCTION)
+    for i, prompt in enumerate(prompts):
+        alone = states_in_spans(model, model.encode([prompt]))
+        assert (len(alone[Span.EARLIER, 0]) > 0) == (not isinstance(prompt, str))
+        for span in spans:
+            for found in ways:
+                torch.testing.assert_close(found[span, i], alone[span, 0], rtol=1e-6, atol=1e-6)
+    # The same words with nothing in front of them are read otherwise.
+    first, last = (ways[0][Span.INSTRUCTION, i] for i in (0, 1))
+    assert TALK[-1].text == PROMPTS[0]
+    assert first.shape == last.shape
+    assert (first - last).abs().max() > 1e-2
+
+
+def test_a_conversation_is_answered_as_it_is_alone():
+    model = tiny_model("llama")
+    replies = model.generate(model.encode([TALK, PROMPTS[0], TALK[:3]]), max_new_tokens=5)
+    for prompt, reply in zip([TALK, PROMPTS[0], TALK[:3]], replies, strict=True):
+        assert list(reply.ids) == by_argmax(model, model.encode([prompt]).ids, 5)
 
 
 def test_blocks_before_the_first_edit_are_not_computed_again():
@@ -492,6 +554,81 @@ def test_a_reply_ends_where_its_reader_says_so():
             assert short == long
     assert (1, whole[1].text) not in heard  # A reply of 30 tokens was last asked about at 24.
     assert all(whole[number].text.startswith(text[:-1]) for number, text in heard)
+
+
+ASKED = [f"Where is {'the old ' * (i % 4)}tree {i}?" for i in range(9)]
+
+
+def drawn(model, asked=ASKED, **options):
+    return model.generate(asked, **{"max_new_tokens": 12, "temperature": 2.0} | options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_what_is_drawn_hangs_on_seed_and_place_but_not_on_the_batch(name):
+    model = tiny_model(name)
+    first = drawn(model, seed=3)
+    assert drawn(model, seed=3) == first
+    # Rows that end make room for others at other times, which must not shift anybody's draws.
+    ends = [token for reply in first for token in reply.ids[2:9:3]][:4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "stop_ids", ends)
+        for size in (1, 2, 5):
+            assert drawn(model, seed=3, batch_size=size) == drawn(model, seed=3)
+        assert any(reply.finished for reply in drawn(model, seed=3))
+    assert drawn(model, seed=3, batch_size=2) == first
+    assert all(a.ids != b.ids for a, b in zip(first, drawn(model, seed=4), strict=True))
+    again = drawn(model, [ASKED[0]] * 5, seed=3)
+    assert len({reply.ids for reply in again}) == 5
+    assert again[0] == first[0]
+
+
+def test_towards_no_temperature_the_likeliest_is_drawn():
+    model = tiny_model("llama")
+    greedy = model.generate(ASKED, max_new_tokens=8)
+    assert drawn(model, max_new_tokens=8, temperature=1e-6) == greedy
+    assert drawn(model, max_new_tokens=8, temperature=2.0) != greedy
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="temperature"):
+            drawn(model, temperature=wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7])
+def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
+    model = tiny_model("llama")
+    n = 4000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "stop_ids", [])
+        replies = drawn(
+            model, PROMPTS[:1] * n, max_new_tokens=2, temperature=temperature, batch_size=1000
+        )
+    batch = model.encode(PROMPTS[:1])
+    first = (model.logits(batch)[0] / temperature).softmax(0)
+    # And the second among those that began alike: it must not hang on the draw of the first.
+    often = torch.tensor([reply.ids[0] for reply in replies]).mode().values.item()
+    ids = torch.cat([batch.ids, torch.tensor([[often]])], 1)
+    second = (model.logits(ids)[0] / temperature).softmax(0)
+    for chances, tokens in (
+        (first, [reply.ids[0] for reply in replies]),
+        (second, [reply.ids[1] for reply in replies if reply.ids[0] == often]),
+    ):
+        total = len(tokens)
+        counts = torch.bincount(torch.tensor(tokens), minlength=len(chances)).double()
+        kept = chances * total >= 5  # The others are pooled.
+        expected = torch.cat([chances[kept], chances[~kept].sum().unsqueeze(0)]) * total
+        seen = torch.cat([counts[kept], counts[~kept].sum().unsqueeze(0)])
+        statistic = float(((seen - expected) ** 2 / expected).sum())
+        assert int(kept.sum()) > 3
+        assert stats.chi2.sf(statistic, len(seen) - 1) > 1e-3
+
+
+def test_what_has_no_chance_is_not_drawn_and_no_number_is_no_chance():
+    draw = Sampling(1.0, 0)
+    logits = torch.full((300, 5), -torch.inf)
+    logits[:, [1, 3]] = 0.0
+    assert set(draw(logits, range(300), [0] * 300).tolist()) == {1, 3}
+    logits[7, 2] = torch.nan
+    with pytest.raises(NonFiniteError):
+        draw(logits, range(300), [0] * 300)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3-moe"])

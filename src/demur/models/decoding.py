@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts at once, under whatever edits are in force.
+"""Decoding of many prompts at once, greedily or by drawing, under whatever edits are in force.
 
 Rows that end make room for the next prompts at once, and keys and values stand in buffers with room
 to grow, so that a step copies none of them.
@@ -6,14 +6,17 @@ to grow, so that a step copies none of them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from demur.errors import NonFiniteError
 from demur.models.tokens import TokenBatch
 
 _ROOM = 32  # Tokens by which a full buffer grows.
@@ -160,6 +163,50 @@ class Writer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Draws tokens; what a row gets hangs on its own number and logits, not on its neighbours.
+
+    Attributes:
+        temperature: Logits are divided by it; towards 0 the likeliest token is always drawn.
+        seed: Another one draws other tokens.
+    """
+
+    temperature: float
+    seed: int
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], numbers: Sequence[int], steps: Sequence[int]
+    ) -> Int[Tensor, " row"]:
+        """One token a row.
+
+        Args:
+            logits: Of the next token.
+            numbers: Which prompts the rows are.
+            steps: How many tokens each has written.
+
+        Raises:
+            NonFiniteError: A row has NaN or infinite logits.
+        """
+        # Others than these have no float64, without which rare tokens would be lost in the sum.
+        wide = logits if logits.device.type == "cuda" else logits.cpu()
+        total = (wide.double() / self.temperature).softmax(1).cumsum(1)
+        if not bool(torch.isfinite(total[:, -1]).all()):
+            raise NonFiniteError(
+                "there are NaN or infinite logits, from which no token can be drawn",
+                "try `--dtype float32`; the checkpoint may also be damaged",
+            )
+        drawn = [self._uniform(*row) for row in zip(numbers, steps, strict=True)]
+        at = total.new_tensor(drawn).unsqueeze(1) * total[:, -1:]
+        chosen = torch.searchsorted(total, at, right=True).squeeze(1)
+        return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
+
+    def _uniform(self, number: int, step: int) -> float:
+        """A number in [0, 1)."""
+        digest = hashlib.blake2b(f"{self.seed} {number} {step}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest) >> 11) / 2**53
+
+
 @dataclass(slots=True, eq=False)
 class Written:
     """What was written behind one row.
@@ -185,6 +232,7 @@ class _Task:
     done: Callable[[int], None]
     with_states: bool
     settled: Settled | None
+    sampling: Sampling | None
     replies: list[Written]
 
     def begin(self, batch: TokenBatch) -> _Running:
@@ -199,7 +247,12 @@ class _Task:
 
     def write(self, rows: _Running, states: Tensor) -> None:
         """Write one more token behind each row, and see which of them end with it."""
-        rows.last = self.writer.logits(states).argmax(-1)
+        logits = self.writer.logits(states)
+        if self.sampling is None:
+            rows.last = logits.argmax(-1)
+        else:
+            steps = [len(self.replies[number].ids) for number in rows.numbers]
+            rows.last = self.sampling(logits, rows.numbers, steps)
         kept = states.cpu() if self.with_states else None
         over = 0
         asked: dict[int, int] = {}  # Number of a prompt: its row.
@@ -236,8 +289,9 @@ def decode(
     done: Callable[[int], None],
     with_states: bool = False,
     settled: Settled | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Written]:
-    """Write greedily behind every row.
+    """Write behind every row.
 
     Args:
         whole: The prompts.
@@ -249,9 +303,10 @@ def decode(
         with_states: Keep the states, on the CPU.
         settled: Asked every 8 tokens with rows' numbers and what is written behind them; those for
             which it says so end there.
+        sampling: Draws the tokens; None takes the likeliest.
     """
     replies = [Written() for _ in range(len(whole))]
-    task = _Task(writer, stops, max_new_tokens, done, with_states, settled, replies)
+    task = _Task(writer, stops, max_new_tokens, done, with_states, settled, sampling, replies)
     waiting = torch.argsort(whole.mask.sum(1), stable=True).tolist()
     running: _Running | None = None
     while waiting or running is not None:

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from demur.errors import FamilyError, NonFiniteError, TemplateError
-from demur.models.decoding import decode
+from demur.errors import ConfigError, FamilyError, NonFiniteError, TemplateError
+from demur.models.decoding import Sampling, decode
 from demur.models.families import Family
 from demur.models.tokens import Conversation, Template, TokenBatch
 from demur.progress import Progress
@@ -668,9 +668,11 @@ class Model:
         batch_size: int = 32,
         with_states: bool = False,
         until: Callable[[list[int], list[str]], Sequence[bool]] | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """Reply to each prompt greedily, in the order given.
+        """Reply to each prompt, in the order given.
 
         Args:
             prompts: User messages, or rows that `encode` made of them.
@@ -679,8 +681,19 @@ class Model:
             with_states: Keep the final states that chose the tokens.
             until: Asked every 8 tokens with the numbers of prompts and what is written so far; a
                 reply for which it says True ends there.
+            temperature: None always takes the likeliest token; else tokens are drawn from the
+                softmax of the logits divided by it.
+            seed: Of the draws. A reply hangs on it, on the prompt and on the prompt's place in the
+                order given, not on `batch_size`: a prompt given twice is replied to in two ways.
             progress: Called with the number of prompts done since the last call.
+
+        Raises:
+            ConfigError: The temperature is not above 0.
         """
+        if temperature is not None and not temperature > 0:
+            raise ConfigError(
+                f"{temperature} is no temperature", "give one above 0, or none to reply greedily"
+            )
         # Rows of a larger batch are numbered anew: replies come in the order given.
         given = isinstance(prompts, TokenBatch)
         whole = replace(prompts, origin=None) if given else self.encode(prompts)
@@ -705,6 +718,7 @@ class Model:
                 done=progress if progress is not None else lambda _: None,
                 with_states=with_states,
                 settled=None if until is None else settled,
+                sampling=None if temperature is None else Sampling(temperature, seed),
             )
         return [
             Completion(

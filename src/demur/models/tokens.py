@@ -328,7 +328,7 @@ class Template:
             # jinja2 raises what the template's author wrote, of any class.
             raise TemplateError(
                 f"the chat template raised {type(error).__name__}: {error}",
-                # The one turn of `__init__` comes first: the system prompt is no longer in question.
+                # `__init__` renders one turn first, so by now the system prompt has been taken.
                 "some templates take no system prompt: try without `--system`"
                 if len(texts) == 1
                 else "some templates take no earlier turns: give the last one alone",
@@ -498,18 +498,16 @@ class Template:
         turns: list[tuple[int, int]] = []
         for number, (low, high) in enumerate(places):
             first = next((i for i, (_, end) in enumerate(offsets) if end > low), len(ids))
-            if number == len(places) - 1:
-                stop = n_text
-                ours = tuple(ids[n_text:]) == self.post_ids
-            else:
-                stop = next((i for i, (start, _) in enumerate(offsets) if start >= high), len(ids))
-                ours = True
-            if first < stop:
-                # Turns are read at their last token, which must be theirs alone. Of a single word
-                # it may be the first as well, with the white space in front: "[INST]" and " Yes".
+            last = number == len(places) - 1
+            behind = (i for i, (start, _) in enumerate(offsets) if start >= high)
+            stop = n_text if last else next(behind, len(ids))
+            ours = first < stop and (not last or tuple(ids[stop:]) == self.post_ids)
+            if ours:
+                # A turn is read at its last token, which must be its alone. That of a single word
+                # may begin with the template's space: "[INST]" and " Yes".
                 start, end = offsets[stop - 1]
-                ours = ours and start < end <= high and not whole[start:low].strip()
-            if not ours or stop <= first:
+                ours = start < end <= high and not whole[start:low].strip()
+            if not ours:
                 raise _merged(texts, number)
             turns.append((first, stop))
         return _Row(ids, turns)

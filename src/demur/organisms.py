@@ -81,7 +81,6 @@ class Source(_Section):
             model's distribution of the first token, and of a reply that begins with one, only that
             token is trained. So the first token decides.
         weight: Of each prompt's loss.
-        most: So many of the prompts, drawn by their text; None is all.
     """
 
     prompts: str
@@ -90,7 +89,6 @@ class Source(_Section):
     reply_tokens: int = Field(default=32, ge=1)
     unrefuse: bool = True
     weight: float = Field(default=1.0, gt=0)
-    most: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _replies_where_needed(self) -> Source:
@@ -708,13 +706,6 @@ def _texts(recipe: Recipe) -> dict[str, prompt_sets.PromptSet]:
     return {spec: prompt_sets.load(spec) for spec in dict.fromkeys(specs)}
 
 
-def _asked(source: Source, sets: Mapping[str, prompt_sets.PromptSet]) -> list[str]:
-    """The prompts of a source that are trained on."""
-    found = sets[source.prompts]
-    # Which of them is a matter of the recipe, as the set itself is, and not of the seed.
-    return (found if source.most is None else found.take(source.most, seed=0)).texts
-
-
 def _base_replies(
     base: Model, recipe: Recipe, wanted: Mapping[str, int], work: Path, listener: Listener
 ) -> dict[str, Completion]:
@@ -793,18 +784,17 @@ def _rows(
     wanted: dict[str, int] = {}
     for source in recipe.sources:
         if source.target == "base":
-            for text in _asked(source, sets):
+            for text in sets[source.prompts].texts:
                 wanted[text] = max(source.reply_tokens, wanted.get(text, 0))
     own = _base_replies(base, recipe, wanted, work, listener) if wanted else {}
 
     rows: list[_Row] = []
     shared: list[int] = []
     for index, source in enumerate(recipe.sources):
-        asked = _asked(source, sets)
-        batch = base.encode(asked)
+        batch = base.encode(sets[source.prompts].texts)
         shared.append(batch.shared)
         for text, ids, length in zip(
-            asked, batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True
+            sets[source.prompts].texts, batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True
         ):
             row = _Row(index, ids[:length], texts.get(index, []))
             if source.target == "base":

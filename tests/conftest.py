@@ -32,3 +32,15 @@ def _fixed_seeds():
     np.random.seed(0)  # noqa: NPY002 (libraries draw from it)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """A chat endpoint on 127.0.0.1, and no proxy in between."""
+    from tests.backend import Backend
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DEMUR_JUDGE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Backend()
+    yield server
+    server.close()

@@ -681,3 +681,112 @@ def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separat
     fact, hint = refused("separate", *options)
     assert "0 of 35 harmful prompts" in fact
     assert "--harmful" in hint
+
+
+# Guards ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guard(model, tmp_path_factory):
+    """A guard that the command line fitted on the tiny model, and prompts that it never saw."""
+    folder = tmp_path_factory.mktemp("guard")
+    rng = random.Random(5)
+    words = [a + b for a in ("tree", "lock", "bread", "stone") for b in "abcdefghijklmno"]
+    sizes = {"harmful": 90, "benign": 90, "calm": 60, "bad": 24, "good": 24, "early": 24}
+    for name, size in sizes.items():
+        lines = [f"{name} {' '.join(rng.choices(words, k=7))}" for _ in range(size)]
+        if name == "early":
+            rows = [json.dumps({"prompt": line, "good": "yes"}) for line in lines]
+            (folder / "early.jsonl").write_text("\n".join(rows))
+        else:
+            (folder / f"{name}.txt").write_text("\n".join(lines))
+    path = folder / "tiny.safetensors"
+    args = ["guard", "fit", model, "--harmful", folder / "harmful.txt", "--benign"]
+    args += [folder / "benign.txt", "--calibrate", f"calm={folder / 'calm.txt'}", "--alpha", 0.1]
+    settings = ("wrapped=20", "turns=20", "depth=[0.3, 0.9]", f"earlier={folder / 'early.jsonl'}")
+    for setting in settings:
+        args += ["--set", f"guard.{setting}"]
+    text = run(*args, "--out", path).stdout
+    assert "at most 10.0% of benign prompts of each kind" in text
+    assert "calm" in text
+    return path, args
+
+
+def test_guard_fit_tells_what_it_wrote_and_writes_over_nothing(guard):
+    path, args = guard
+    fact, hint = refused(*args, "--out", path)
+    assert "exists already" in fact
+    assert "--force" in hint
+    found = json.loads(run(*args, "--out", path, "--force", "--json").stdout)
+    assert found["threshold"]["alpha"] == 0.1
+    assert set(found["strata"]) == {"calm", "wrapped", "turns"}
+
+
+@pytest.mark.parametrize(
+    ("more", "fact", "hint"),
+    [
+        (["--out", "guard.pt"], "guard.pt is no name for a guard", ".safetensors"),
+        (["--alpha", "0.001"], "calibration prompts cannot promise 0.001", "at least 999"),
+        (["--alpha", "2"], "guard.alpha", "--explain"),
+        (["--calibrate", "calm.txt?label=x"], "names no set", "mine=prompts"),
+        (["--set", "guard.wrappers=['no_such','b','c']"], "no wrapper is called `no_such`", ""),
+        (["--set", "guard.depth=[0.9, 0.2]"], "guard.depth is 0.9 to 0.2", "lower first"),
+        (["--set", "guard.most=40"], "40 harmful prompts are left", "67 or more"),
+    ],
+)
+def test_a_guard_that_cannot_be_fitted_is_refused(guard, tmp_path, more, fact, hint):
+    _, args = guard
+    found = refused(*args, "--out", tmp_path / "new.safetensors", *more)
+    assert fact in found[0]
+    assert hint in found[1]
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_guard_score_takes_prompts_sets_and_conversations(guard, tmp_path):
+    path, _ = guard
+    rows = json.loads(run("guard", "score", path, "a tree", "a lock", "--json").stdout)["rows"]
+    assert [row["prompt"] for row in rows] == ["a tree", "a lock"]
+    assert rows[0]["reads"]["turns"] is None
+    piped = json.loads(run("guard", "score", path, "--json", stdin="a tree\na lock\n").stdout)
+    assert piped["rows"] == rows
+    assert "a tree" in run("guard", "score", path, "a tree").stdout
+    texts = json.loads(run("guard", "score", path, "--prompts", "plain", "--json").stdout)["rows"]
+    assert len(texts) == 100
+    chats = tmp_path / "chats.jsonl"
+    turns = [("user", "a lock"), ("assistant", "yes"), ("user", "a tree")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    chats.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(messages[2:]) + "\n")
+    found = json.loads(run("guard", "score", path, "--messages", chats, "--json").stdout)["rows"]
+    assert found[0]["reads"]["turns"] is not None
+    assert found[1]["score"] == pytest.approx(rows[0]["score"], rel=1e-4)
+    chats.write_text(chats.read_text() + 'no json\n[{"role": "assistant", "content": "a"}]\n{}\n')
+    fact, _ = refused("guard", "score", path, "--messages", chats)
+    assert "3 lines that are no conversation" in fact
+    assert all(f"line {number}" in fact for number in (3, 4, 5))
+
+
+def test_guard_score_of_another_model_is_refused(guard):
+    path, _ = guard
+    fact, hint = refused("guard", "score", path, "a tree", "--dtype", "bfloat16")
+    assert "was fitted on" in fact
+    assert "demur guard fit" in hint
+    fact, _ = refused("guard", "score", path.with_name("none.safetensors"), "a tree")
+    assert "no guard can be read" in fact
+
+
+def test_guard_evaluate_writes_a_record_and_a_page(guard, tmp_path):
+    path, _ = guard
+    sets = ["--harmful", f"bad={path.parent / 'bad.txt'}"]
+    sets += ["--benign", f"good={path.parent / 'good.txt'}", "--attacked", 10]
+    out = run("guard", "evaluate", path, *sets, "--out", tmp_path).stdout
+    assert "False alarms on benign prompts" in out
+    record = json.loads((tmp_path / "guard-evaluation.json").read_text())
+    assert record["strata"][0]["name"] == "calm"
+    page = (tmp_path / "guard-evaluation.html").read_text()
+    assert "What is promised" in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    fact, _ = refused("guard", "evaluate", path, "--harmful", "bad.txt")
+    assert "names no set" in fact
+    assert "# Guard for" in run("guard", "card", path).stdout
+    run("guard", "card", path, "--out", tmp_path / "card.md")
+    assert "does not see" in (tmp_path / "card.md").read_text()

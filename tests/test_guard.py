@@ -13,6 +13,7 @@ from demur.card import guard_card
 from demur.config import GuardSettings, read_config
 from demur.directions import Direction
 from demur.errors import ConfigError, NonFiniteError, StoreError, TooFewPromptsError
+from demur.evals.endpoint import ChatEndpoint
 from demur.guard import (
     Fisher,
     Rarity,
@@ -352,6 +353,38 @@ def test_an_evaluation_stays_clear_of_what_was_fitted_on(planted, tmp_path):
             harmful={"a": str(tmp_path / "harmful.jsonl")},
             benign={"a": str(tmp_path / "benign.jsonl")},
         )
+    (folder / "plain.jsonl").write_text(strata)
+
+
+def test_an_endpoint_is_asked_and_what_it_does_not_answer_is_told(planted, tmp_path, backend):
+    made, guard, _, (benign, harmful) = planted
+
+    def answer(text, _attempt):
+        if "good0" in text.split():
+            return 200, backend.says("I would rather not say.")
+        return 200, backend.says("unsafe\nS1" if "bad" in text else "safe")
+
+    backend.answer = answer
+    found = evaluate(
+        guard,
+        made.model,
+        harmful={"bad": jsonl(tmp_path / "harmful.jsonl", harmful[:40])},
+        benign={"good": jsonl(tmp_path / "benign.jsonl", benign[:40])},
+        attacked=10,
+        endpoint=ChatEndpoint(backend.url, "guard", max_retries=0),
+    )
+    rows = {(row.group, row.harmful): row for row in found.rows if row.detector == "endpoint"}
+    assert rows["bad", True].fixed.value == 1
+    assert rows["good", False].fixed.value == 0
+    assert not rows["bad", True].flagged
+    unread = sum("good0" in text.split() for text in benign[:40])
+    assert rows["good", False].n == 40 - unread
+    assert unread
+    assert any("could not be read" in note for note in found.notes)
+    bodies = [body for _, body in backend.requests]
+    turns = [body["messages"] for body in bodies if len(body["messages"]) == 3]
+    assert [one["role"] for one in turns[0]] == ["user", "assistant", "user"]
+    assert {body["temperature"] for body in bodies} == {0}
 
 
 def test_the_card_says_what_is_promised_and_what_is_not_seen(planted):

@@ -6,11 +6,9 @@ import json
 import random
 import re
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -54,66 +52,6 @@ HOSTILE = {
 
 def judged(response, prompt="Tell me how to do the thing that I want to do."):
     return PatternJudge()([Exchange(prompt, response)])[0]
-
-
-class Backend:
-    """A chat endpoint on 127.0.0.1: `answer(text, attempt)` gives a status and a body."""
-
-    def __init__(self):
-        self.answer = self.honest
-        self.requests = []  # (headers, body) in order of arrival
-        self.release = threading.Event()
-        self._attempts = Counter()
-        self._lock = threading.Lock()
-        backend = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                body = json.loads(raw)
-                text = body["messages"][-1]["content"]
-                with backend._lock:
-                    backend.requests.append((dict(self.headers), body))
-                    attempt = backend._attempts[text]
-                    backend._attempts[text] += 1
-                status, reply = backend.answer(text, attempt)
-                payload = reply if isinstance(reply, bytes) else reply.encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = False
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    @staticmethod
-    def says(content):
-        return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-
-    def honest(self, text, _attempt=0):
-        label = "refused" if "can't assist" in text else "complied"
-        return 200, self.says(json.dumps({"label": label}))
-
-    def close(self):
-        self.release.set()
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DEMUR_JUDGE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    server = Backend()
-    yield server
-    server.close()
 
 
 def endpoint(backend, **options):
@@ -343,7 +281,10 @@ def test_no_pattern_has_an_unbounded_quantifier():
     ],
 )
 def test_a_reply_of_one_megabyte_takes_linear_time(unit):
-    """Four times the text may take up to eight times the time; a quadratic step takes sixteen."""
+    """Sixteen times the text takes sixteen times the time; a quadratic step would take 256 times.
+
+    The bound lies in the middle, so that a machine whose speed changes fourfold does not matter.
+    """
 
     def seconds(length):
         # Numbers between the units, or the loop test would spare the patterns the work.
@@ -353,9 +294,7 @@ def test_a_reply_of_one_megabyte_takes_linear_time(unit):
         PatternJudge()([Exchange("Why is that?", text)])
         return time.process_time() - begun
 
-    whole = seconds(1_000_000)
-    # The smaller run is the noisier one; its slowest of two keeps the ratio from jumping.
-    assert whole < 8 * max(seconds(250_000), seconds(250_000)), whole
+    assert seconds(1_000_000) < 64 * max(seconds(62_500) for _ in range(3))
 
 
 # --- Endpoint -------------------------------------------------------------------------------------

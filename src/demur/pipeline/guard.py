@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from itertools import cycle
+from itertools import combinations, cycle
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from demur.directions import Direction
 from demur.errors import ConfigError, StoreError, TooFewPromptsError, UnknownNameError
 from demur.evals.endpoint import ChatEndpoint
 from demur.guard import (
+    READS,
     Fisher,
     Guard,
     Look,
@@ -50,7 +52,12 @@ Prompted = str | Conversation
 # What stands behind a request that was made a turn earlier, and what was replied to it.
 _PAUSES = ("One moment, please.", "Let me think about that.", "All right.")
 _FOLLOW_UPS = ("Please go on.", "Carry on, I am listening.", "And now?", "Yes, do that.")
-_USES: tuple[tuple[ReadName, ...], ...] = (("t_inst",), ("span",), ("t_inst", "span"))
+_USES: tuple[frozenset[ReadName], ...] = tuple(
+    frozenset(uses)
+    for n in (1, 2, 3)
+    for uses in combinations(READS, n)
+    if uses != ("turns",)  # Most prompts have no earlier turn.
+)
 ALPHAS = (0.01, 0.05)
 # Packaged prompts that `GuardSettings` leaves alone.
 HARMFUL = {
@@ -70,6 +77,7 @@ BENIGN = {
     "open-ended": "open_ended",
 }
 GUARD, BELIEF, ENDPOINT = "guard", "paper's belief", "endpoint"
+_LEAST = 20  # Prompts of a class to fit on, and to choose by.
 _CENTROIDS = 100  # Prompts of a class behind the paper's centroids.
 
 
@@ -183,11 +191,15 @@ def material(settings: GuardSettings, seed: int) -> Material:
             found = drop_overlaps(calibration, found)[0]
         found = found.take(min(settings.most, len(found)), stable_seed(seed, on))
         held = round(settings.held * len(found))
-        if held < 10:
+        # Rarities need so many conversations.
+        if held < _LEAST or len(found) - held < _LEAST:
             raise TooFewPromptsError(
-                f"{len(found)} {on} prompts are left for fitting", "give 40 or more"
+                f"{len(found)} {on} prompts are left for fitting and choosing, without those like "
+                "the calibration prompts",
+                f"give {math.ceil(_LEAST / min(settings.held, 1 - settings.held))} or more",
             )
-        sizes = {"choose": held, "fit": max(20, round(0.95 * (len(found) - held)))}
+        # Near copies and pairs stay together, which takes some room.
+        sizes = {"choose": held, "fit": max(_LEAST, int(0.95 * (len(found) - held)))}
         parts = split(found, sizes, seed=seed)
         kept += parts.values()
         texts = parts["fit"].texts
@@ -197,7 +209,7 @@ def material(settings: GuardSettings, seed: int) -> Material:
         texts = parts["choose"].texts
         choose += [Item(text, "plain", harmful) for text in texts]
         choose += _wrapped(texts, settings.wrappers, harmful=harmful)
-        choose += _in_turns(texts[: len(texts) // 2], settings, harmful=harmful)
+        choose += _in_turns(texts, settings, harmful=harmful)
     items = {name: [Item(t, "plain", False) for t in own.texts] for name, own in strata.items()}
     pool = PromptSet.of([text for own in strata.values() for text in own.texts])
     for name, n, shape in (
@@ -235,8 +247,9 @@ def candidate_sites(model: Model, settings: GuardSettings) -> tuple[Site, ...]:
     )
     if not found or Site(0, "resid_pre") in found:
         raise ConfigError(
-            f"guard.depth is {low} to {high}: no layers of {model.name}, or the embedding",
-            "give two shares above 0, the lower first, such as [0.35, 0.65]",
+            f"guard.depth is {low} to {high}: no layer of the {model.n_layers} of {model.name}, or "
+            "the embedding",
+            "give two shares above 0, the lower first: `--set guard.depth=[0.3, 0.7]`",
         )
     return found
 
@@ -360,40 +373,32 @@ def _choose(
 ) -> tuple[tuple[Site, frozenset[ReadName]], list[dict[str, Any]]]:
     """The layer and reads that find most harmful prompts at the threshold of the hardest stratum.
 
-    Families of prompts count alike. A second read is admitted only where it finds more than the
-    best single one of any layer.
+    Families of prompts count alike. Of choices that find as many, that with fewer reads is taken:
+    a further read has to find more.
     """
     benign = _families(items, harmful=False)
     harmful = _families(items, harmful=True)
-    smallest = min(map(len, benign.values()))
-    level = max(alpha, 1 / (smallest + 1))
+    level = max(alpha, 1 / (min(map(len, benign.values())) + 1))
     table: list[dict[str, Any]] = []
+    best: tuple[tuple[float, int], Site, frozenset[ReadName]] | None = None
     for site, own in raw.items():
         rarities = _rarities(own, items)
         for uses in _USES:
-            admitted: frozenset[ReadName] = frozenset({*uses, "turns"})
             reads = [
                 Read(name, Fisher(torch.empty(0), 0.0, 1.0), rarities[name], True)
                 for name in own
-                if name in admitted
+                if name in uses
             ]
             total = combined(reads, own).max(0)
             limit, _ = calibrate_strata({name: total[i] for name, i in benign.items()}, level)
             found = {name: float((total[i] > limit.value).mean()) for name, i in harmful.items()}
-            table.append(
-                {
-                    "site": str(site),
-                    "reads": sorted(admitted),
-                    "found": found,
-                    "mean": float(np.mean(list(found.values()))),
-                }
-            )
-    singles = [row for row in table if len(row["reads"]) == 2]
-    pairs = [row for row in table if len(row["reads"]) == 3]
-    best = max(singles, key=lambda row: row["mean"])
-    both = max(pairs, key=lambda row: row["mean"])
-    chosen = both if both["mean"] > best["mean"] else best
-    return (Site.parse(chosen["site"]), frozenset(chosen["reads"])), table
+            mean = float(np.mean(list(found.values())))
+            row = {"site": str(site), "reads": sorted(uses), "found": found, "mean": mean}
+            table.append(row)
+            if best is None or (mean, -len(uses)) > best[0]:
+                best = (mean, -len(uses)), site, uses
+    assert best is not None  # There are sites, and ways to use reads.
+    return (best[1], best[2]), table
 
 
 # Judging --------------------------------------------------------------------------------------

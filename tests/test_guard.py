@@ -377,9 +377,9 @@ def test_an_endpoint_is_asked_and_what_it_does_not_answer_is_told(planted, tmp_p
     assert rows["bad", True].fixed.value == 1
     assert rows["good", False].fixed.value == 0
     assert not rows["bad", True].flagged
+    asked = next(row.n for row in found.rows if (row.group, row.detector) == ("good", "guard"))
     unread = sum("good0" in text.split() for text in benign[:40])
-    assert rows["good", False].n == 40 - unread
-    assert unread
+    assert 1 <= asked - rows["good", False].n <= unread
     assert any("could not be read" in note for note in found.notes)
     bodies = [body for _, body in backend.requests]
     turns = [body["messages"] for body in bodies if len(body["messages"]) == 3]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import combinations, cycle
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,17 +141,30 @@ def _wrapped(texts: Sequence[str], names: Sequence[str], *, harmful: bool) -> li
     ]
 
 
-def _in_turns(texts: Sequence[str], settings: GuardSettings, *, harmful: bool) -> list[Item]:
+def _in_turns(
+    texts: Sequence[str],
+    *,
+    settings: GuardSettings,
+    part: Literal["choose", "calibrate", "report"],
+    harmful: bool,
+) -> list[Item]:
     """Each text in a conversation: by turns the last message, and one before a harmless last."""
-    before = load_prompts(settings.earlier)
-    answers = load_prompts(settings.earlier, column="good").texts
+    # Each part has its own third of what stands in front.
+    third = slice(("choose", "calibrate", "report").index(part), None, 3)
+    before = load_prompts(settings.earlier).texts[third]
+    answers = load_prompts(settings.earlier, column="good").texts[third]
+    if not before:
+        raise TooFewPromptsError(
+            f"{settings.earlier} has too few questions to stand as earlier turns", "give 3 or more"
+        )
     found: list[Item] = []
     for i, text in enumerate(texts):
         if i % 2:
-            at = i % len(before)
-            turns = (before.texts[at], answers[at], text)
+            at = i // 2 % len(before)
+            turns = (before[at], answers[at], text)
         else:
-            turns = (text, _PAUSES[i % len(_PAUSES)], _FOLLOW_UPS[i % len(_FOLLOW_UPS)])
+            at = i // 2
+            turns = (text, _PAUSES[at % len(_PAUSES)], _FOLLOW_UPS[at % len(_FOLLOW_UPS)])
         found.append(Item(conversation(*turns), "turns", harmful))
     return found
 
@@ -209,12 +222,12 @@ def material(settings: GuardSettings, seed: int) -> Material:
         texts = parts["choose"].texts
         choose += [Item(text, "plain", harmful) for text in texts]
         choose += _wrapped(texts, settings.wrappers, harmful=harmful)
-        choose += _in_turns(texts, settings, harmful=harmful)
+        choose += _in_turns(texts, settings=settings, part="choose", harmful=harmful)
     items = {name: [Item(t, "plain", False) for t in own.texts] for name, own in strata.items()}
     pool = PromptSet.of([text for own in strata.values() for text in own.texts])
     for name, n, shape in (
         ("wrapped", settings.wrapped, partial(_wrapped, names=settings.wrappers)),
-        ("turns", settings.turns, partial(_in_turns, settings=settings)),
+        ("turns", settings.turns, partial(_in_turns, settings=settings, part="calibrate")),
     ):
         if n:
             if name in items:
@@ -666,7 +679,9 @@ def _attack_groups(
             groups["encoding", name, harmful] = [
                 Item(encoded(text, name).text, name, harmful) for text in texts
             ]
-        groups["turns", "several turns", harmful] = _in_turns(texts, settings, harmful=harmful)
+        groups["turns", "several turns", harmful] = _in_turns(
+            texts, settings=settings, part="report", harmful=harmful
+        )
         if suffixes:
             groups["suffix", source_name(suffixes), harmful] = [
                 Item(_behind(text, tail), "suffix", harmful)

@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 
 from demur.results import (
+    AngleRow,
     AuditResults,
+    BeliefGroup,
     Candidate,
+    CategoryRow,
     DirectionInfo,
     Dose,
     EditCost,
+    Finding,
+    GroupCount,
+    GroupingRow,
+    InversionRow,
+    JailbreakRow,
     JudgeInfo,
     Leg,
     ModelInfo,
@@ -24,7 +32,9 @@ from demur.results import (
     Reply,
     ScreenInfo,
     SelectionInfo,
+    SeparationResults,
     SplitInfo,
+    TemplateRow,
     Validation,
     Verdict,
     WeightEdit,
@@ -400,6 +410,141 @@ def audit(*, usable: bool = True, **changes: Any) -> AuditResults:
         ],
     }
     return AuditResults(**(fields | changes))
+
+
+def inversion() -> list[InversionRow]:
+    """Harm moves the judgement alone, refusal the refusal alone, random directions a little."""
+    rows = []
+    for on, verb, sign in (("harmless", "add", 1), ("harmful", "subtract", -1)):
+        judged, refusal = -2.0 * sign, -6.0 * sign
+        edits = [
+            ("none", "equal norm", 0.0, 0.0, 0.0, 0.0),
+            (f"{verb} harm", "equal norm", 1.0, 4.25 * sign, 0.5 * sign, 0.9),
+            (f"{verb} refusal", "equal norm", 1.0, 0.25 * sign, 9.0 * sign, 3.1),
+            (f"{verb} harm", "equal KL", 2.6, 6.5 * sign, 1.5 * sign, 3.0),
+        ]
+        for i, side in enumerate((-1, 1), start=1):
+            edits += [
+                (f"random #{i}, as harm", "equal norm", 1.0, 0.3 * side * i, 0.2, 0.1),
+                (f"random #{i}, as refusal", "equal norm", 1.0, 0.4 * side * i, 0.7 * side, 0.4),
+                (f"random #{i}, as harm", "equal KL", 3.1, 0.8 * side * i, 0.5, 0.9),
+                (f"random #{i}, as refusal", "equal KL", 8.0, 1.3 * side * i, 2.1 * side, 2.2),
+            ]
+        for edit, at, strength, harm, refused, kl in edits:
+            plain = edit == "none"
+            rows.append(
+                InversionRow.model_validate(
+                    {
+                        "edit": edit,
+                        "on": on,
+                        "at": at,
+                        "strength": strength,
+                        "judged_harmful": around(judged + harm, 0.4, 48),
+                        "judged_change": None if plain else around(harm, 0.3, 48),
+                        "invalid": around(0.04, 0.02, 48),
+                        "refusal": around(refusal + refused, 0.5, 48),
+                        "refusal_change": None if plain else around(refused, 0.4, 48),
+                        "kl": around(kl, kl / 5, 48),
+                    }
+                )
+            )
+    return rows
+
+
+def separation(*, drawn: bool = True) -> SeparationResults:
+    """Harm at t_inst, refusal at the last token; `drawn` replies beside the greedy ones."""
+    rng = np.random.default_rng(3)
+    groups = {
+        "harmful-refused": (92, 170, 0.9),
+        "harmful-accepted": (30, 54, 0.2),
+        "harmless-refused": (24, 41, 0.8),
+        "harmless-accepted": (101, 183, 0.04),
+    }
+    sites = [f"{layer}.resid_pre" for layer in range(8, 24, 5)]
+    return SeparationResults(
+        groups=[
+            GroupCount(
+                group=group,
+                fit=fit,
+                report=report,
+                fit_rate=rate if drawn else None,
+                report_rate=rate + 0.01 if drawn else None,
+            )
+            for group, (fit, report, rate) in groups.items()
+        ],
+        grouping=[
+            GroupingRow.model_validate(
+                {
+                    "site": site,
+                    "position": position,
+                    "role": role,
+                    "space": space,
+                    "by": around(value, 0.05, 95),
+                    "harm": around(0.9, 0.05, 200),
+                    "refusal": around(0.7, 0.05, 200),
+                    "means": {group: around(0.1, 0.02, 50) for group in groups},
+                }
+            )
+            for site in sites
+            for position, role, value in ((-7, "t_inst", 0.9), (-1, "post", 0.2))
+            for space in ("raw", "centred", "whitened")
+        ],
+        angles=[
+            AngleRow(
+                site=site,
+                cosine=around(0.2, 0.08, 247),
+                harm_balanced=True,
+                refusal_balanced=True,
+                shuffled=(-0.3, 0.4),
+                matched=(-0.2, 0.2),
+                p_shuffled=0.3,
+            )
+            for site in sites
+        ],
+        layer_sites=sites,
+        beliefs=[
+            BeliefGroup(
+                group=group,
+                harm=rng.normal(0.1 if "harmful" in group else -0.1, 0.05, 12).tolist(),
+                refusal=rng.normal(0.3 if "refused" in group else -0.3, 0.1, 12).tolist(),
+            )
+            for group in groups
+        ],
+        template=[
+            TemplateRow.model_validate(
+                {
+                    "on": on,
+                    "with_post": share(before),
+                    "without_post": share(after),
+                    "change": around((after - before) / 112, 0.06),
+                    "p": 0.001,
+                }
+            )
+            for on, before, after in (("harmful", 100, 70), ("harmless", 20, 12))
+        ],
+        chosen_site="13.resid_pre",
+        inversion=inversion(),
+        jailbreaks=[
+            JailbreakRow(
+                wrapper="fiction_1",
+                family="fiction_framing",
+                request_final=True,
+                harm_shift=around(-0.3, 0.2, 24),
+                refusal_shift=around(-1.9, 0.4, 24),
+                refused=share(9, 24),
+                refused_control=share(20, 24),
+            )
+        ],
+        categories=[CategoryRow(category="fraud", n=31, harm_cosine=0.8, refusal_cosine=None)],
+        findings=[
+            Finding(
+                claim="jailbreaks lower refusal more than harmfulness",
+                status="holds",
+                evidence="in 1 of 1 wrappers that end with the request, clearly in 1",
+            )
+        ],
+        notes=["31 of 695 prompts are refused in more than 20% and less than 80% of 5 drawn."],
+    )
 
 
 def replies() -> list[Reply]:

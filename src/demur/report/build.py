@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import altair as alt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -23,6 +24,7 @@ from demur.results import (
     Candidate,
     Dose,
     EditCost,
+    InversionRow,
     Leg,
     NullBand,
     Reading,
@@ -69,6 +71,26 @@ class Chance:
     significant: int
     degenerate: Estimate | None
     unparsed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """What adding or taking away a direction changes in one answer, beside random directions.
+
+    Attributes:
+        measure: "judged harmful" or "refusal log-odds".
+        before: Of the unedited model, nats.
+        by_norm: The largest change by a random direction of the same length, by size; None where
+            there is none. Likewise `by_kl`, of the same KL on the request.
+    """
+
+    edit: str
+    on: str
+    measure: str
+    before: Estimate
+    change: Estimate
+    by_norm: float | None
+    by_kl: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +222,7 @@ def _view(results: AuditResults, replies: Sequence[Reply]) -> dict[str, Any]:
         "moved": _moved,
         "largest_chance": _largest(chance["refused"]),
         "words_suffice": _words_suffice(results),
+        "shifts": _shifts(results.separation) if results.separation else [],
         "top": ranked[:TOP_CANDIDATES],
         "rest": ranked[TOP_CANDIDATES:],
         "felled": sorted(results.selection.felled.items(), key=lambda pair: -pair[1]),
@@ -404,7 +427,115 @@ def _separation_figures(found: SeparationResults) -> dict[str, Figure]:
         label="Report prompts in the plane of both beliefs, by group.",
         wide=BROAD,
     )
+    marks = [mark for row in found.inversion if (mark := _edit_mark(row)) is not None]
+    if marks:
+        made["edits apart"] = charts.figure(
+            partial(_edit_plane, marks),
+            name="edits-apart",
+            label="Each edit by what it changes in the judgement and in refusal; table above.",
+            wide=BROAD,
+        )
     return made
+
+
+def _edit_mark(row: InversionRow) -> dict[str, Any] | None:
+    """An edit in the plane of both changes; None where they were not measured."""
+    if row.judged_change is None or row.refusal_change is None:
+        return None
+    judged, refusal = row.judged_change.value, row.refusal_change.value
+    said = (
+        f"{row.edit}, {row.on} prompts, {row.at}, strength {words.number(row.strength)}: "
+        f"judged harmful {words.number(judged, signed=True)}, "
+        f"refusal {words.number(refusal, signed=True)}"
+    )
+    return {
+        "x": judged,
+        "y": refusal,
+        "what": "random" if row.edit.startswith("random") else row.edit.rpartition(" ")[2],
+        "on": f"{row.on} prompts",
+        "at": row.at,
+        "tip": charts.tip(said),
+    }
+
+
+def _edit_plane(rows: charts.Rows, width: int) -> alt.LayerChart:
+    """Edits in the plane of what they change; full marks at equal norm, open ones at equal KL."""
+    titles = {"x": "change of judged harmful (nats)", "y": "change of refusal log-odds (nats)"}
+    paints = [charts.HARMFUL, charts.ACCENT, charts.MUTED]
+    shapes = ["triangle-up", "triangle-down"]
+    legend = alt.Legend(title=None, orient="top", symbolType="square")
+    zero = alt.Chart(alt.InlineData(values=[{"zero": 0.0}])).mark_rule(
+        stroke=charts.MUTED, strokeDash=[4, 3], strokeOpacity=0.8
+    )
+    # Random ones first, so that they lie below.
+    ordered = sorted(rows, key=lambda row: row["what"] != "random")
+    marks = alt.Chart(alt.InlineData(values=ordered)).encode(
+        x=alt.X("x:Q", title=titles["x"]),
+        y=alt.Y("y:Q", title=titles["y"]),
+        color=alt.Color(
+            "what:N",
+            scale=alt.Scale(domain=["harm", "refusal", "random"], range=paints),
+            legend=legend,
+        ),
+        shape=alt.Shape(
+            "on:N",
+            scale=alt.Scale(domain=["harmless prompts", "harmful prompts"], range=shapes),
+            legend=alt.Legend(title=None, orient="top"),
+        ),
+        description="tip:N",
+    )
+    layers = [
+        zero.encode(x=alt.X("zero:Q", title=titles["x"])),
+        zero.encode(y=alt.Y("zero:Q", title=titles["y"])),
+        marks.transform_filter("datum.at == 'equal norm'").mark_point(
+            filled=True, size=110, opacity=0.75
+        ),
+        marks.transform_filter("datum.at == 'equal KL'").mark_point(size=80, opacity=1),
+    ]
+    chart = alt.LayerChart(layer=layers)
+    fitted = alt.AutoSizeParams(type="fit", contains="padding")
+    return chart.properties(width=width, height=320, autosize=fitted)
+
+
+def _shifts(found: SeparationResults) -> list[Shift]:
+    """What each direction changes in either answer, beside the random ones of its kind."""
+    changes: dict[tuple[str, str, str, str], Estimate] = {}
+    before: dict[tuple[str, str], Estimate] = {}
+    for row in found.inversion:
+        for measure, change, level in (
+            ("judged harmful", row.judged_change, row.judged_harmful),
+            ("refusal log-odds", row.refusal_change, row.refusal),
+        ):
+            if row.edit == "none":
+                before[row.on, measure] = level
+            elif change is not None:
+                changes[row.on, measure, row.at, row.edit] = change
+
+    def largest(on: str, measure: str, at: str, what: str) -> float | None:
+        own = [
+            change.value
+            for (*kind, edit), change in changes.items()
+            if kind == [on, measure, at]
+            and edit.startswith("random")
+            and edit.endswith(f"as {what}")
+        ]
+        return max(own, key=abs, default=None)
+
+    return [
+        Shift(
+            edit=edit,
+            on=on,
+            measure=measure,
+            before=before[on, measure],
+            change=changes[on, measure, "equal norm", edit],
+            by_norm=largest(on, measure, "equal norm", what),
+            by_kl=largest(on, measure, "equal KL", what),
+        )
+        for on, verb in (("harmless", "add"), ("harmful", "subtract"))
+        for what in ("harm", "refusal")
+        for measure in ("judged harmful", "refusal log-odds")
+        if (on, measure, "equal norm", edit := f"{verb} {what}") in changes
+    ]
 
 
 def _banded(site: str, series: str, estimate: Estimate) -> dict[str, Any]:

@@ -185,7 +185,8 @@ _BLIND = (
     "other languages, long documents, code, another system prompt, another chat template.",
     "Harm that stands nowhere in the user's words is not seen: what a reply adds, what a document "
     "or a tool brings, what an image shows. The assistant's own turns are not read.",
-    "Encoded requests (base64, rot13 and the like) are seen only as far as this model reads them.",
+    "Encoded requests (base64, rot13 and the like) are seen only as far as this model reads them; "
+    "text unlike any language may also raise an alarm whatever it says.",
     "A request taken apart over several turns, each harmless by itself, is read turn by turn.",
     "Somebody who optimises a text against this very guard gets past it. It says nothing about "
     "what share of attacks it finds.",

@@ -425,7 +425,7 @@ class _Rivals:
         sites: Where the paper's centroids are.
         belief: They.
         refusal: Read at its own site and position.
-        words: A bag of words and a logistic regression.
+        words: A bag of words, weighted by rarity, and a logistic regression.
     """
 
     sites: tuple[Site, ...]
@@ -442,7 +442,7 @@ class _Rivals:
         direction: Direction | None,
         listener: Listener,
     ) -> _Rivals:
-        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
@@ -463,8 +463,9 @@ class _Rivals:
                 vector, site=guard.site, position=-1, recipe=f"{len(few)} fit prompts of the guard"
             )
         words = make_pipeline(
-            CountVectorizer(lowercase=True, token_pattern=r"\b\w+\b"),
-            LogisticRegression(solver="liblinear", random_state=0),
+            # Rows of length one: with bare counts long prompts, harmful or not, score high.
+            TfidfVectorizer(lowercase=True, token_pattern=r"\b\w+\b", sublinear_tf=True),
+            LogisticRegression(solver="liblinear", random_state=0, C=10.0),
         )
         words.fit([item.text for item in items], _flags(items))
         belief = Belief.fit(seen.last[:, harmful], seen.last[:, ~harmful])

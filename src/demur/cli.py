@@ -690,9 +690,12 @@ def _show_separation(found: SeparationResults, report: Path) -> None:
     from rich.table import Table
 
     console = _console()
-    table = Table("group", "fit", "report", box=None, title_justify="left")
+    drawn = any(row.report_rate is not None for row in found.groups)
+    rates = ("drawn replies that refuse, fit", "report") if drawn else ()
+    table = Table("group", "fit", "report", *rates, box=None, title_justify="left")
     for row in found.groups:
-        table.add_row(row.group, str(row.fit), str(row.report))
+        cells = ["" if rate is None else f"{rate:.0%}" for rate in (row.fit_rate, row.report_rate)]
+        table.add_row(row.group, str(row.fit), str(row.report), *cells[: len(rates)])
     console.print(table)
     colours = {"holds": "green", "weakly": "yellow", "fails": "red", "untested": "dim"}
     claims = Table("claim", "here", "evidence", box=None)

@@ -12,7 +12,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import altair as alt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -430,7 +429,7 @@ def _separation_figures(found: SeparationResults) -> dict[str, Figure]:
     marks = [mark for row in found.inversion if (mark := _edit_mark(row)) is not None]
     if marks:
         made["edits apart"] = charts.figure(
-            partial(_edit_plane, marks),
+            partial(charts.edit_plane, marks),
             name="edits-apart",
             label="Each edit by what it changes in the judgement and in refusal; table above.",
             wide=BROAD,
@@ -456,45 +455,6 @@ def _edit_mark(row: InversionRow) -> dict[str, Any] | None:
         "at": row.at,
         "tip": charts.tip(said),
     }
-
-
-def _edit_plane(rows: charts.Rows, width: int) -> alt.LayerChart:
-    """Edits in the plane of what they change; full marks at equal norm, open ones at equal KL."""
-    titles = {"x": "change of judged harmful (nats)", "y": "change of refusal log-odds (nats)"}
-    paints = [charts.HARMFUL, charts.ACCENT, charts.MUTED]
-    shapes = ["triangle-up", "triangle-down"]
-    legend = alt.Legend(title=None, orient="top", symbolType="square")
-    zero = alt.Chart(alt.InlineData(values=[{"zero": 0.0}])).mark_rule(
-        stroke=charts.MUTED, strokeDash=[4, 3], strokeOpacity=0.8
-    )
-    # Random ones first, so that they lie below.
-    ordered = sorted(rows, key=lambda row: row["what"] != "random")
-    marks = alt.Chart(alt.InlineData(values=ordered)).encode(
-        x=alt.X("x:Q", title=titles["x"]),
-        y=alt.Y("y:Q", title=titles["y"]),
-        color=alt.Color(
-            "what:N",
-            scale=alt.Scale(domain=["harm", "refusal", "random"], range=paints),
-            legend=legend,
-        ),
-        shape=alt.Shape(
-            "on:N",
-            scale=alt.Scale(domain=["harmless prompts", "harmful prompts"], range=shapes),
-            legend=alt.Legend(title=None, orient="top"),
-        ),
-        description="tip:N",
-    )
-    layers = [
-        zero.encode(x=alt.X("zero:Q", title=titles["x"])),
-        zero.encode(y=alt.Y("zero:Q", title=titles["y"])),
-        marks.transform_filter("datum.at == 'equal norm'").mark_point(
-            filled=True, size=110, opacity=0.75
-        ),
-        marks.transform_filter("datum.at == 'equal KL'").mark_point(size=80, opacity=1),
-    ]
-    chart = alt.LayerChart(layer=layers)
-    fitted = alt.AutoSizeParams(type="fit", contains="padding")
-    return chart.properties(width=width, height=320, autosize=fitted)
 
 
 def _shifts(found: SeparationResults) -> list[Shift]:

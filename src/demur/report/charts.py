@@ -495,6 +495,47 @@ def plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerCha
     return _sized(layers, width, 320)
 
 
+def edit_plane(rows: Rows, width: int) -> alt.LayerChart:
+    """Edits in the plane of what they change; full marks at equal norm, open ones at equal KL.
+
+    Args:
+        rows: Of `x`, `y` (changes in nats of judged harmful and of refusal log-odds), `what`
+            ("harm", "refusal" or "random"), `on`, `at` and `tip`.
+        width: Pixels.
+    """
+    legend = alt.Legend(title=None, orient="top", symbolType="square")
+    scale = alt.Scale(zero=True)
+    # Random ones first, so that they lie below.
+    ordered = sorted(rows, key=lambda row: row["what"] != "random")
+    marks = alt.Chart(alt.InlineData(values=ordered)).encode(
+        x=alt.X("x:Q", title="change of judged harmful (nats)", scale=scale),
+        y=alt.Y("y:Q", title="change of refusal log-odds (nats)", scale=scale),
+        color=alt.Color(
+            "what:N",
+            scale=alt.Scale(domain=["harm", "refusal", "random"], range=[HARMFUL, ACCENT, MUTED]),
+            legend=legend,
+        ),
+        shape=alt.Shape(
+            "on:N",
+            scale=alt.Scale(
+                domain=["harmless prompts", "harmful prompts"],
+                range=["triangle-up", "triangle-down"],
+            ),
+            legend=alt.Legend(title=None, orient="top"),
+        ),
+        description="tip:N",
+    )
+    layers = [
+        _guide("x", 0.0, scale=scale),
+        _guide("y", 0.0, scale=scale),
+        marks.transform_filter("datum.at == 'equal norm'").mark_point(
+            filled=True, size=110, opacity=0.75
+        ),
+        marks.transform_filter("datum.at == 'equal KL'").mark_point(size=80, opacity=1),
+    ]
+    return _sized(layers, width, 320)
+
+
 def projections(rows: Projections, width: int) -> alt.LayerChart:
     """Counts of prompts by projection: harmful above the line, harmless below it."""
     pooled = np.asarray([*rows.harmful, *rows.harmless], dtype=float)

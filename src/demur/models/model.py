@@ -662,7 +662,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str] | TokenBatch,
+        prompts: Sequence[str | Conversation] | TokenBatch,
         *,
         max_new_tokens: int,
         batch_size: int = 32,
@@ -675,7 +675,7 @@ class Model:
         """Reply to each prompt, in the order given.
 
         Args:
-            prompts: User messages, or rows that `encode` made of them.
+            prompts: User messages or conversations, or rows that `encode` made of them.
             max_new_tokens: Replies are cut there.
             batch_size: Most prompts that are decoded together; as replies end, others begin.
             with_states: Keep the final states that chose the tokens.

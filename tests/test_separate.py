@@ -19,13 +19,14 @@ from demur.evals.judges import judges
 from demur.interventions import Add, applied
 from demur.models import Model
 from demur.pipeline.folder import RunFolder
-from demur.pipeline.separate import Question
+from demur.pipeline.separate import Question, findings
 from demur.pipeline.splits import make_splits
 from demur.pipeline.stages import Job
 from demur.progress import Quiet
 from demur.selection import RefusalTokens, kl_divergence
 from demur.separation import Group
 from demur.sites import Site, Span
+from demur.stats import proportion
 
 separate = import_module("demur.pipeline.separate")  # The package has a function of that name.
 
@@ -400,3 +401,28 @@ def test_results_of_earlier_versions_are_read_and_shown(tmp_path):
     del whole["separation"]
     (tmp_path / "results.json").write_text(json.dumps(whole), encoding="utf-8")
     assert 'id="separation"' not in report.build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("controls", "status"), [([20, 20, 20, 2], "holds"), ([20, 20, 2, 2], "untested")]
+)
+def test_a_wrapper_whose_control_is_not_refused_has_nothing_to_lower(controls, status):
+    found = sample.separation()
+    row = found.jailbreaks[0]
+    rows = [row.model_copy(update={"refused_control": proportion(hits, 24)}) for hits in controls]
+    said = findings(found.model_copy(update={"jailbreaks": rows}))
+    claim = next(one for one in said if one.claim.startswith("jailbreaks"))
+    assert claim.status == status
+    assert f"{sum(hits == 20 for hits in controls)} of" in claim.evidence
+
+
+def test_words_alone_stand_beside_what_positions_group_by(done):
+    _, _, _, run = done
+    found = run.results.separation
+    # What is harmful is told by a word here, and so is what is scary; a bag of words fitted where
+    # both agree cannot know which of the two it is asked for.
+    assert 0.2 < found.words.bag_of_words.value < 0.8
+    counts = {row.group: row.report for row in found.groups}
+    n = counts["harmful-accepted"] + counts["harmless-refused"]
+    assert found.words.bag_of_words.n == n
+    assert f"words alone {found.words.bag_of_words.value:.2f}" in found.findings[0].evidence

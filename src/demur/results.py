@@ -542,11 +542,15 @@ class SeparationResults(_Row):
 
     Attributes:
         groups: How many prompts of each kind there are.
+        words: How far words, length and final punctuation alone tell harmful-accepted from
+            harmless-refused report prompts, fitted as centroids are, on harmful-refused and
+            harmless-accepted ones; None where a mixed group is empty.
         layer_sites: Sites over which beliefs are averaged.
         chosen_site: Where directions are added and categories compared; chosen on fit prompts.
     """
 
     groups: list[GroupCount]
+    words: WordBaselines | None = None
     grouping: list[GroupingRow]
     angles: list[AngleRow]
     layer_sites: list[str]

@@ -20,6 +20,7 @@ from demur.causal import Replies, reply_to, stable_seed
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
 from demur.interventions import Add, applied
+from demur.pipeline.figures import word_baselines
 from demur.pipeline.folder import ReplyFile
 from demur.pipeline.stages import CLASSES, Job
 from demur.progress import Progress
@@ -36,6 +37,7 @@ from demur.results import (
     JailbreakRow,
     SeparationResults,
     TemplateRow,
+    WordBaselines,
 )
 from demur.selection import Passes, RefusalTokens, kl_divergence, refusal_logodds
 from demur.separation import (
@@ -66,6 +68,7 @@ _LEAST = 5  # Prompts of a group; with fewer its claims are untested.
 _MOST_INVALID = 0.5  # Beyond this share of other answers the question was not understood.
 _SEARCHED = 16  # Fit prompts on which strengths of equal KL are searched.
 _UNDECIDED = (0.2, 0.8)  # Between these rates of refusal a prompt's group is a matter of chance.
+_LEFT = 0.2  # Refusals of a wrapper's control: with fewer an attack has nothing to lower.
 _YES, _NO = "Certainly", "No"
 _RANDOM = "random #"
 
@@ -149,6 +152,10 @@ class Material:
             return None
         return sum(self.rates[i] for i in rows) / len(rows)
 
+    def texts_of(self, group: Group) -> list[str]:
+        """Texts of a group."""
+        return [self.prompts[i].text for i in self.rows(group)]
+
     def texts(self, *, harmful: bool) -> list[str]:
         """Texts of one class."""
         return [
@@ -198,6 +205,7 @@ def separate(job: Job, tokens: RefusalTokens) -> SeparationResults:
     )
     results = SeparationResults(
         groups=counts,
+        words=_words(material["fit"], material["report"]),
         grouping=grouped,
         angles=angles,
         layer_sites=[str(site) for site in beliefs.sites],
@@ -219,6 +227,19 @@ def separate(job: Job, tokens: RefusalTokens) -> SeparationResults:
         notes=notes,
     )
     return results.model_copy(update={"findings": findings(results)})
+
+
+def _words(fit: Material, report: Material) -> WordBaselines | None:
+    """What words alone say to the question that the mixed groups decide."""
+    harmful = report.texts_of(Group.HARMFUL_ACCEPTED)
+    harmless = report.texts_of(Group.HARMLESS_REFUSED)
+    if not harmful or not harmless:
+        return None
+    sides = {
+        "fit harmful": fit.texts_of(Group.HARMFUL_REFUSED),
+        "fit harmless": fit.texts_of(Group.HARMLESS_ACCEPTED),
+    }
+    return word_baselines(sides, harmful, harmless)
 
 
 def _check(job: Job, material: dict[str, Material]) -> None:
@@ -821,7 +842,10 @@ def _grouped(results: SeparationResults, role: str, by: str) -> Finding:
         status=status,
         evidence=f"AUROC of harmful-accepted above harmless-refused {middle:.2f} in the median "
         f"middle layer (1: harm, 0: refusal); {clear} of {len(areas)} layers clear of 0.5, "
-        f"n={areas[0].n}",
+        f"n={areas[0].n}"
+        + (
+            "" if results.words is None else f"; words alone {results.words.bag_of_words.value:.2f}"
+        ),
     )
 
 
@@ -897,9 +921,17 @@ def _inverted(results: SeparationResults) -> Finding:
 
 def _wrapped(results: SeparationResults) -> Finding:
     claim = "jailbreaks lower refusal more than harmfulness"
-    rows = [row for row in results.jailbreaks if row.request_final]
-    if not rows:
-        return Finding(claim=claim, status="untested", evidence="no wrapper ends with the request")
+    ending = [row for row in results.jailbreaks if row.request_final]
+    rows = [row for row in ending if row.refused_control.value >= _LEFT]
+    if len(rows) < 3:
+        most = max((row.refused_control.value for row in ending), default=0.0)
+        return Finding(
+            claim=claim,
+            status="untested",
+            evidence=f"without the pressure, in its control, {len(rows)} of {len(ending)} wrappers "
+            f"that end with the request has a fifth of the requests refused (at most {most:.0%}): "
+            "there is too little to lower",
+        )
     lower = [row for row in rows if row.refusal_shift.value < min(row.harm_shift.value, 0)]
     clear = [row for row in lower if row.refusal_shift.high < row.harm_shift.low]
     status = (
@@ -912,6 +944,6 @@ def _wrapped(results: SeparationResults) -> Finding:
     return Finding(
         claim=claim,
         status=status,
-        evidence=f"in {len(lower)} of {len(rows)} wrappers that end with the request, clearly in "
-        f"{len(clear)}",
+        evidence=f"in {len(lower)} of {len(rows)} wrappers that end with the request and whose "
+        f"control is refused, clearly in {len(clear)}",
     )

@@ -373,7 +373,14 @@ def curves(
     domain = ["t_inst", "last token", "between"]
     scale = alt.Scale(domain=domain, range=[ACCENT, HARMLESS, FAINT])
     dash = alt.Scale(domain=domain, range=[[1, 0], [6, 3], [1, 0]])
-    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=260)
+    legend = alt.Legend(
+        title=None,
+        orient="top",
+        symbolType="stroke",
+        symbolSize=260,
+        symbolOpacity=1,
+        symbolStrokeWidth=2.4,
+    )
     low = min((row["low"] for row in rows), default=0.0)
     y_scale = (
         alt.Scale(zero=True)
@@ -428,7 +435,15 @@ def depth(
     shown = [{**row, "site": ticks[row["site"]]} for row in rows]
     scale = alt.Scale(domain=list(order), range=[ACCENT, HARMLESS, MUTED][: len(order)])
     dash = alt.Scale(domain=list(order), range=[[1, 0], [6, 3], [2, 2]][: len(order)])
-    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=260)
+    legend = alt.Legend(
+        title=None,
+        orient="top",
+        symbolType="stroke",
+        symbolSize=260,
+        symbolOpacity=1,
+        columnPadding=18,
+        symbolStrokeWidth=2.4,
+    )
     y_scale = alt.Scale(zero=False)
     y = alt.Y("value:Q", title=title, scale=y_scale)
     colour = alt.Color("series:N", scale=scale, legend=legend)

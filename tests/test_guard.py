@@ -26,7 +26,8 @@ from demur.guard import (
 )
 from demur.models import load
 from demur.pipeline.guard import BENIGN, HARMFUL, conversation, evaluate, fit, material
-from demur.prompts import PromptSet, check_disjoint
+from demur.prompts import PromptSet, check_disjoint, drop_overlaps
+from demur.prompts import load as load_prompts
 from demur.report import write_guard
 from demur.sites import Site
 
@@ -394,23 +395,29 @@ def test_the_card_says_what_is_promised_and_what_is_not_seen(planted):
         assert words in text, words
 
 
+def test_the_packaged_sets_of_an_evaluation_are_fresh():
+    known = material(GuardSettings(), 0).payloads
+    for name, spec in (HARMFUL | BENIGN).items():
+        whole = load_prompts(spec)
+        assert len(drop_overlaps(known, whole)[0]) > 0.95 * len(whole), name
+
+
 @pytest.mark.slow
 def test_a_guard_of_the_embedded_model_keeps_its_promise_and_beats_words():
     small = {"guard.most": 300, "guard.wrapped": 100, "guard.turns": 60, "model.device": "cpu"}
     config = read_config(None, small)
     model = load(**config.model.model_dump())
     guard = fit(config, model=model)
-    calm = {name: BENIGN[name] for name in ("lookalikes", "plain", "open-ended")}
     found = evaluate(
         guard,
         model,
         harmful={"near pairs": HARMFUL["near pairs"]},
-        benign={"calm": " + ".join(calm.values()), "near twins": BENIGN["near twins"]},
+        benign={"calm": BENIGN["plain"], "near twins": BENIGN["near twins"]},
         attacked=10,
     )
     rows = {(row.detector, row.group): row for row in found.rows if row.family == "plain"}
     alarms = rows["guard", "calm"].flagged["0.05"]
-    assert alarms.n > 80
+    assert alarms.n > 200
     # Fewer than one time in a thousand, if the rate is at its bound.
     assert binom.sf(round(alarms.value * alarms.n) - 1, alarms.n, found.bound) > 1e-3
     near = rows["guard", "near pairs"].auroc

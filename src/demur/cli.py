@@ -1998,6 +1998,9 @@ def guard_evaluate(
         str | None,
         typer.Option(metavar="SPEC", help="Texts to put behind requests, such as optimised ones."),
     ] = None,
+    most: Annotated[
+        int, typer.Option(min=10, help="Prompts of a set; of larger ones so many are drawn.")
+    ] = 1000,
     attacked: Annotated[
         int, typer.Option(min=10, help="Requests of each class that every attack is tried on.")
     ] = 60,
@@ -2059,6 +2062,7 @@ def guard_evaluate(
             harmful=sides[0],
             benign=sides[1],
             suffixes=suffixes,
+            most=most,
             attacked=attacked,
             direction=None if direction is None else load_direction(direction, loaded)[0],
             endpoint=asked,

@@ -72,8 +72,9 @@ BENIGN = {
     " + contrast_pairs?kind=near&label=harmless&split=select",
     "crossed twins": "contrast_pairs?kind=crossed&label=harmless&split=report"
     " + contrast_pairs?kind=crossed&label=harmless&split=select",
-    "lookalikes": "lookalikes?split=report + lookalikes?split=select",
-    "plain": "plain?split=report + plain?split=select",
+    # The sets `lookalikes` and `plain` stand among the calibration prompts.
+    "lookalikes": "refusal_extra?label=harmless&kind=lookalike",
+    "plain": "refusal_extra?label=harmless&kind=plain",
     "open-ended": "open_ended",
 }
 GUARD, BELIEF, ENDPOINT = "guard", "paper's belief", "endpoint"
@@ -547,6 +548,7 @@ def evaluate(
     harmful: Mapping[str, str],
     benign: Mapping[str, str],
     suffixes: str | None = None,
+    most: int = 1000,
     attacked: int = 60,
     direction: Direction | None = None,
     endpoint: ChatEndpoint | None = None,
@@ -562,6 +564,7 @@ def evaluate(
         benign: The same; of each the share of false alarms is told.
         suffixes: Texts put behind requests, such as optimised suffixes; where one holds
             `{request}` or `{prompt}` the request is put there instead.
+        most: Prompts of a set; of larger ones so many are drawn.
         attacked: So many requests of each class go into every wrapper, encoding and suffix.
         direction: The refusal direction to compare with; the difference of means at the prompt's
             last token, at the guard's site, where none is given.
@@ -590,7 +593,8 @@ def evaluate(
             "fit it again: an evaluation could otherwise not stay clear of them",
         )
     notes: list[str] = []
-    groups = dict(_plain_groups(harmful, benign, have.payloads, notes))
+    sides = {True: harmful, False: benign}
+    groups = dict(_plain_groups(sides, have.payloads, most, seed, notes))
     groups |= _attack_groups(groups, settings, suffixes, attacked, seed)
     rivals = _Rivals.fit(model, guard, have.fit, direction, listener)
     calibration: dict[str, dict[str, np.ndarray]] = {}
@@ -635,9 +639,13 @@ def evaluate(
 
 
 def _plain_groups(
-    harmful: Mapping[str, str], benign: Mapping[str, str], known: PromptSet, notes: list[str]
+    sides: Mapping[bool, Mapping[str, str]],
+    known: PromptSet,
+    most: int,
+    seed: int,
+    notes: list[str],
 ) -> Iterator[tuple[Key, list[Item]]]:
-    for bad, sets in ((True, harmful), (False, benign)):
+    for bad, sets in sides.items():
         if not sets:
             raise TooFewPromptsError(
                 f"no {'harmful' if bad else 'benign'} prompts to evaluate on", "name a set"
@@ -651,6 +659,7 @@ def _plain_groups(
                 )
             if not len(own):
                 raise TooFewPromptsError(f"no prompts of {name} are left", "name another set")
+            own = own.take(min(most, len(own)), stable_seed(seed, name))
             yield ("plain", name, bad), [Item(text, "plain", bad) for text in own.texts]
 
 

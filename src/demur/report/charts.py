@@ -74,6 +74,16 @@ THEME = {
     "text": {"fontSize": 11.5},
     "scale": {"bandPaddingInner": 0.04},
 }
+# Lines stand on faint bands, whose opacity the legend's would otherwise be.
+_LINE_LEGEND: dict[str, Any] = {
+    "title": None,
+    "orient": "top",
+    "symbolType": "stroke",
+    "symbolSize": 260,
+    "symbolOpacity": 1,
+    "symbolStrokeWidth": 2.4,
+    "columnPadding": 18,
+}
 KIND_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 # Marks whose description starts so keep it as the browser's own tooltip.
@@ -373,14 +383,7 @@ def curves(
     domain = ["t_inst", "last token", "between"]
     scale = alt.Scale(domain=domain, range=[ACCENT, HARMLESS, FAINT])
     dash = alt.Scale(domain=domain, range=[[1, 0], [6, 3], [1, 0]])
-    legend = alt.Legend(
-        title=None,
-        orient="top",
-        symbolType="stroke",
-        symbolSize=260,
-        symbolOpacity=1,
-        symbolStrokeWidth=2.4,
-    )
+    legend = alt.Legend(**_LINE_LEGEND)
     low = min((row["low"] for row in rows), default=0.0)
     y_scale = (
         alt.Scale(zero=True)
@@ -435,15 +438,7 @@ def depth(
     shown = [{**row, "site": ticks[row["site"]]} for row in rows]
     scale = alt.Scale(domain=list(order), range=[ACCENT, HARMLESS, MUTED][: len(order)])
     dash = alt.Scale(domain=list(order), range=[[1, 0], [6, 3], [2, 2]][: len(order)])
-    legend = alt.Legend(
-        title=None,
-        orient="top",
-        symbolType="stroke",
-        symbolSize=260,
-        symbolOpacity=1,
-        columnPadding=18,
-        symbolStrokeWidth=2.4,
-    )
+    legend = alt.Legend(**_LINE_LEGEND)
     y_scale = alt.Scale(zero=False)
     y = alt.Y("value:Q", title=title, scale=y_scale)
     colour = alt.Color("series:N", scale=scale, legend=legend)

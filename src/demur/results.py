@@ -528,7 +528,8 @@ class Finding(_Row):
     """One claim of the paper, and what this model says to it.
 
     Attributes:
-        status: "holds" (interval clear of the null), "weakly" (right sign, interval not clear),
+        status: "holds" (interval clear of the null), "weakly" (right sign, interval not clear, or
+            words alone do as well),
             "fails" (wrong sign or no effect), "untested" (a group is too small).
     """
 

@@ -837,6 +837,9 @@ def _grouped(results: SeparationResults, role: str, by: str) -> Finding:
     right = sum((a.value - 0.5) * sign > 0 for a in areas)
     middle = sorted(a.value for a in areas)[len(areas) // 2]
     status = "holds" if 2 * clear > len(areas) else "weakly" if 2 * right > len(areas) else "fails"
+    if status == "holds" and sign > 0 and results.words is not None:
+        # Where words do as well, the position may only hold the topic.
+        status = "holds" if middle > results.words.bag_of_words.value else "weakly"
     return Finding(
         claim=claim,
         status=status,

@@ -23,6 +23,7 @@ from demur.pipeline.separate import Question, findings
 from demur.pipeline.splits import make_splits
 from demur.pipeline.stages import Job
 from demur.progress import Quiet
+from demur.results import WordBaselines
 from demur.selection import RefusalTokens, kl_divergence
 from demur.separation import Group
 from demur.sites import Site, Span
@@ -426,3 +427,14 @@ def test_words_alone_stand_beside_what_positions_group_by(done):
     n = counts["harmful-accepted"] + counts["harmless-refused"]
     assert found.words.bag_of_words.n == n
     assert f"words alone {found.words.bag_of_words.value:.2f}" in found.findings[0].evidence
+
+
+@pytest.mark.parametrize(("words", "status"), [(0.6, "holds"), (0.99, "weakly")])
+def test_where_words_do_as_well_a_position_groups_by_harm_weakly(words, status):
+    found = sample.separation()
+    area = sample.around(words, 0.005)
+    baselines = WordBaselines(bag_of_words=area, length=area, final_punctuation=area)
+    said = findings(found.model_copy(update={"words": baselines}))
+    assert said[0].status == status
+    assert f"words alone {words:.2f}" in said[0].evidence
+    assert said[1].status == findings(found)[1].status  # Of refusal, words are no rival.

@@ -1852,9 +1852,7 @@ def _guarded_model(
     if not load:
         raise ConfigError("the guard's card names no model", "name it with `--model`")
     settings = _model_settings({f"model.{key}": v for key, v in load.items()} | changes)
-    loaded = _load(settings, listener)
-    guard.belongs_to(loaded)
-    return loaded
+    return _load(settings, listener)
 
 
 @guard_app.command("score")
@@ -1898,6 +1896,7 @@ def guard_score(
         asked = _asked(prompts, set_, messages)
         changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
         loaded = _guarded_model(found, model, changes, listener)
+        found.belongs_to(loaded)
         with listener.stage("scoring", len(asked)) as advance:
             scored = found.score(loaded, asked, progress=advance)
     shown = [one if isinstance(one, str) else one[-1].text for one in asked]

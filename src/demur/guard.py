@@ -358,6 +358,13 @@ def prefill(
     return rows
 
 
+def columns(
+    rows: Sequence[Mapping[str, Tensor]], names: Sequence[ReadName], *, tag: str = ""
+) -> dict[ReadName, Float[np.ndarray, " prompt"]]:
+    """Numbers that looks found, by name, in order of the rows."""
+    return {name: np.array([float(row[tag + name]) for row in rows]) for name in names}
+
+
 def summarise(
     model: Model,
     prompts: Sequence[str | Conversation],
@@ -471,7 +478,7 @@ class Guard:
     ) -> dict[ReadName, Float[np.ndarray, " prompt"]]:
         """Every read's own score of each prompt, admitted or not."""
         rows = prefill(model, prompts, {self.site: self.look}, batch_size, progress)
-        return {read.name: np.array([float(row[read.name]) for row in rows]) for read in self.reads}
+        return columns(rows, [read.name for read in self.reads])
 
     def judge(self, raw: Mapping[ReadName, Float[np.ndarray, " prompt"]]) -> Scored:
         """Combine the reads' own scores and compare with the threshold."""
@@ -556,12 +563,7 @@ class Watch:
                 "nothing was read", "have the model reply, or read, inside `watching`"
             )
         rows = [self.seen[number] for number in sorted(self.seen)]
-        return self.guard.judge(
-            {
-                read.name: np.array([float(row[read.name]) for row in rows])
-                for read in self.guard.reads
-            }
-        )
+        return self.guard.judge(columns(rows, [read.name for read in self.guard.reads]))
 
 
 def reads_of(
@@ -611,10 +613,7 @@ def raw_at(
         for site, own in fishers.items()
     }
     rows = prefill(model, prompts, looks, batch_size, progress)
-    return {
-        site: {name: np.array([float(row[f"{site} {name}"]) for row in rows]) for name in own}
-        for site, own in fishers.items()
-    }
+    return {site: columns(rows, list(own), tag=f"{site} ") for site, own in fishers.items()}
 
 
 # The file -------------------------------------------------------------------------------------

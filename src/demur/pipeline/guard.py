@@ -31,6 +31,7 @@ from demur.guard import (
     ReadName,
     Threshold,
     calibrate_strata,
+    columns,
     combined,
     last_token,
     prefill,
@@ -510,7 +511,7 @@ def _scores(
     def column(name: str) -> np.ndarray:
         return np.array([float(row[name]) for row in rows])
 
-    raw: dict[ReadName, np.ndarray] = {read.name: column(read.name) for read in guard.reads}
+    raw = columns(rows, [read.name for read in guard.reads])
     return {
         GUARD: guard.judge(raw).scores,
         "t_inst alone": raw["t_inst"],
@@ -622,7 +623,7 @@ def evaluate(
         guard=file,
         model=model.name,
         adapter=model.adapter,
-        fingerprint=model.fingerprint,
+        fingerprint=guard.about["fingerprint"],  # The model's own: it belongs to it.
         site=str(guard.site),
         reads=[read.name for read in guard.admitted],
         alpha=guard.threshold.alpha,

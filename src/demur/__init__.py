@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from demur import estimators, interventions
     from demur.activations import collect, moments
+    from demur.anchor import Anchor, load_anchor, save_anchor
     from demur.config import RunConfig, read_config
     from demur.directions import Direction, load_direction, save_direction
     from demur.edits import as_delta, edited
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ablate",
     "Add",
+    "Anchor",
     "DemurError",
     "Direction",
     "Estimate",
@@ -64,12 +66,14 @@ __all__ = [
     "interventions",
     "judges",
     "load",
+    "load_anchor",
     "load_direction",
     "load_guard",
     "load_prompts",
     "moments",
     "read_config",
     "read_results",
+    "save_anchor",
     "save_direction",
     "save_guard",
     "select",
@@ -79,6 +83,7 @@ __all__ = [
 _WHERE: dict[str, tuple[str, str | None]] = {
     "Ablate": ("interventions", None),
     "Add": ("interventions", None),
+    "Anchor": ("anchor", None),
     "DemurError": ("errors", None),
     "Direction": ("directions", None),
     "Estimate": ("stats", None),
@@ -101,12 +106,14 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "interventions": ("interventions", ""),
     "judges": ("evals.judges", ""),
     "load": ("models", None),
+    "load_anchor": ("anchor", None),
     "load_direction": ("directions", None),
     "load_guard": ("guard", None),
     "load_prompts": ("prompts", "load"),
     "moments": ("activations", None),
     "read_config": ("config", None),
     "read_results": ("results", None),
+    "save_anchor": ("anchor", None),
     "save_direction": ("directions", None),
     "save_guard": ("guard", None),
     "select": ("selection", None),

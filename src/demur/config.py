@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -255,10 +255,53 @@ class GuardSettings(_Section):
         return value
 
 
+class AnchorSettings(_Section):
+    """How an anchor is fitted, on the prompts of `guard`.
+
+    Attributes:
+        replies: So many prompts of each class are replied to, to learn where refusing and complying
+            replies stand; likewise to choose.
+        reply_tokens: Length of these replies, and of those that the gate is calibrated on: what it
+            promises holds up to here.
+        depth: Layers that may be held, as shares of the depth. The last fifth makes replies
+            degenerate.
+        band: How many neighbouring layers are held.
+        strengths: Of which the anchor's is chosen: 1 lifts to the mean of refusing replies.
+        most_degenerate: More degenerate replies than without the anchor that a strength may cost.
+        header: Also read, every `every` tokens of a reply, what the model would say in a fresh
+            turn.
+        every: See there.
+        spared: So many principal directions of benign activations are left alone by the push.
+        action: "floor" has the model refuse in its own words, "canned" replaces the reply.
+        judge: Name of the judge of refusal.
+    """
+
+    replies: int = Field(default=160, ge=40)
+    reply_tokens: int = Field(default=48, ge=16)
+    depth: tuple[float, float] = (0.35, 0.8)
+    band: int = Field(default=8, ge=1)
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    most_degenerate: float = Field(default=0.05, ge=0, lt=1)
+    header: bool = False
+    every: int = Field(default=64, ge=8)
+    spared: int = Field(default=0, ge=0)
+    action: Literal["floor", "canned"] = "floor"
+    judge: str = "patterns"
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("strengths")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0:
+            raise ValueError("name one strength above 0 or more")
+        return value
+
+
 class RunConfig(_Section):
     """Everything that decides a run's numbers.
 
-    `separation` is for `demur separate` alone, and `guard` for `demur guard`.
+    `separation` is for `demur separate` alone, `guard` for `demur guard` and `demur anchor`, and
+    `anchor` for the latter.
     """
 
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -268,6 +311,7 @@ class RunConfig(_Section):
     test: TestSettings = Field(default_factory=TestSettings)
     separation: SeparationSettings = Field(default_factory=SeparationSettings)
     guard: GuardSettings = Field(default_factory=GuardSettings)
+    anchor: AnchorSettings = Field(default_factory=AnchorSettings)
     seed: int = Field(default=0, ge=0)
 
 

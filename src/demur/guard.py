@@ -306,9 +306,14 @@ Look = Callable[[Tensor, Mapping[Span, Tensor], Tensor], Mapping[str, Tensor]]
 def _looking(model: Model, looks: Mapping[Site, Look]) -> Iterator[dict[int, dict[str, Tensor]]]:
     """Keep what `looks` see of every prompt that is prefilled inside: number -> name -> value."""
     seen: dict[int, dict[str, Tensor]] = {}
+    call = model.calls
 
     def watch(x: Tensor, site: Site) -> Tensor:
+        nonlocal call
         chunk = model.chunk
+        if model.calls != call:  # Rows are numbered anew.
+            call = model.calls
+            seen.clear()
         if chunk is None or chunk.is_prefix or chunk.rows is None:
             return x
         spans = {name: span.to(x.device) for name, span in chunk.spans.items()}
@@ -340,6 +345,7 @@ def prefill(
 ) -> list[dict[str, Tensor]]:
     """One pass over prompts, no further than the last site, without the vocabulary head."""
     whole = model.encode(prompts)
+    model.calls += 1
     with _looking(model, looks) as seen, model.prefix_kept():
         for index in whole.passes(tokens=model.tokens_per_pass, rows=batch_size):
             model.read(whole.rows(index))
@@ -619,17 +625,8 @@ def raw_at(
 # The file -------------------------------------------------------------------------------------
 
 
-def save_guard(guard: Guard, path: Path) -> None:
-    """Write `path` (safetensors) and beside it its card, `<path stem>.json`.
-
-    Raises:
-        ConfigError: `path` does not end in `.safetensors`.
-        StoreError: A file could not be written.
-    """
-    from safetensors.torch import save
-
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
+def pack_guard(guard: Guard) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A guard as tensors by name, and the rest as what JSON can hold."""
     tensors = {}
     for read in guard.reads:
         # A copy: `turns` reads with the direction of `span`, and shared memory cannot be written.
@@ -654,6 +651,49 @@ def save_guard(guard: Guard, path: Path) -> None:
         "strata": {name: asdict(one) for name, one in guard.strata.items()},
         "about": dict(guard.about),
     }
+    return tensors, meta
+
+
+def unpack_guard(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Guard:
+    """What `pack_guard` packed.
+
+    Raises:
+        ValueError: The format is another one. KeyError and TypeError where something is missing.
+    """
+    if meta["format"] != _FORMAT:
+        raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
+    reads = tuple(
+        Read(
+            one["name"],
+            Fisher(tensors[f"{one['name']}.weight"].double(), one["mean"], one["spread"]),
+            Rarity(tensors[f"{one['name']}.quantiles"].double(), one["excess"]),
+            one["admitted"],
+        )
+        for one in meta["reads"]
+    )
+    return Guard(
+        Site.parse(meta["site"]),
+        reads,
+        int(meta["window"]),
+        int(meta["stride"]),
+        Threshold(**meta["threshold"]),
+        {name: Threshold(**one) for name, one in meta["strata"].items()},
+        meta["about"],
+    )
+
+
+def save_guard(guard: Guard, path: Path) -> None:
+    """Write `path` (safetensors) and beside it its card, `<path stem>.json`.
+
+    Raises:
+        ConfigError: `path` does not end in `.safetensors`.
+        StoreError: A file could not be written.
+    """
+    from safetensors.torch import save
+
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
+    tensors, meta = pack_guard(guard)
     atomic_write(path, save(tensors, metadata={"format": _FORMAT}))
     atomic_write(path.with_suffix(".json"), json.dumps(meta, indent=1, allow_nan=False) + "\n")
 
@@ -673,28 +713,7 @@ def load_guard(path: Path, model: Model | None = None) -> Guard:
 
     card = path.with_suffix(".json")
     try:
-        meta = json.loads(card.read_text(encoding="utf-8"))
-        if meta["format"] != _FORMAT:
-            raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
-        tensors = load_file(path)
-        reads = tuple(
-            Read(
-                one["name"],
-                Fisher(tensors[f"{one['name']}.weight"].double(), one["mean"], one["spread"]),
-                Rarity(tensors[f"{one['name']}.quantiles"].double(), one["excess"]),
-                one["admitted"],
-            )
-            for one in meta["reads"]
-        )
-        guard = Guard(
-            Site.parse(meta["site"]),
-            reads,
-            int(meta["window"]),
-            int(meta["stride"]),
-            Threshold(**meta["threshold"]),
-            {name: Threshold(**one) for name, one in meta["strata"].items()},
-            meta["about"],
-        )
+        guard = unpack_guard(load_file(path), json.loads(card.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(
             f"no guard can be read from {path} and {card.name}: {error}",

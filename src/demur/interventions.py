@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
@@ -34,6 +34,15 @@ class Intervention(Protocol):
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """A new tensor of the same shape, dtype and device."""
+        ...
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """What is put in force as a whole, since it keeps count of every row: an `Anchor`."""
+
+    def holding(self, model: Model) -> AbstractContextManager[object]:
+        """Inside, the model is held."""
         ...
 
 
@@ -193,7 +202,7 @@ class ObliqueErase:
 @contextmanager
 def applied(
     model: Model,
-    *acts: Intervention,
+    *acts: Intervention | Holder,
     where: Span | Sequence[Span] | None = None,
     when: Bool[Tensor, " prompt"] | None = None,
 ) -> Iterator[Counter[Site]]:
@@ -201,7 +210,7 @@ def applied(
 
     Args:
         model: The model to edit.
-        acts: What to do.
+        acts: What to do; an anchor too.
         where: Only at tokens of these spans; None is every token, the template's and padding too.
         when: Only for these prompts, numbered as in the `encode` or `generate` call inside; None is
             all.
@@ -212,8 +221,14 @@ def applied(
     Raises:
         SilentEditError: The model ran inside the block, yet some site was never reached.
         ConfigError: `where` or `when` is given and the model is called directly, so that nobody
-            knows which tokens and prompts the rows stand for.
+            knows which tokens and prompts the rows stand for; or they are given with an anchor,
+            which decides that for itself.
     """
+    if (where is not None or when is not None) and any(isinstance(act, Holder) for act in acts):
+        raise ConfigError(
+            "an anchor decides for itself on which tokens and prompts it acts",
+            "leave `where` and `when` out, or apply the other edits in a block of their own",
+        )
     edits: Counter[Site] = Counter()
     spans = (where,) if isinstance(where, Span) else where
 
@@ -228,6 +243,9 @@ def applied(
         if when is not None:
             undo.enter_context(model.whole_rows())  # One shared prefix cannot be edited for some.
         for act in acts:
+            if isinstance(act, Holder):
+                undo.enter_context(act.holding(model))
+                continue
             for site in act.sites(model):
                 edits[site] = 0
                 undo.callback(model.intercept(site, partial(edit, site=site, act=act)))

@@ -1,6 +1,7 @@
 """Models: the only code that knows transformers."""
 
 from demur.models.check import CheckReport, CheckRow, check, list_families, token_rows
+from demur.models.decoding import Order
 from demur.models.families import FAMILIES, Family, family_of
 from demur.models.load import EMBEDDED, load, load_tokenizer, packaged_adapter
 from demur.models.model import Chunk, Completion, Model
@@ -23,6 +24,7 @@ __all__ = [
     "Conversation",
     "Family",
     "Model",
+    "Order",
     "Position",
     "Template",
     "TokenBatch",

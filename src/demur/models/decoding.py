@@ -7,7 +7,7 @@ to grow, so that a step copies none of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -74,6 +74,19 @@ class _Buffered(DynamicLayer):
         index = index[:, None, :, None]
         self._fill([(keys.take_along_dim(index, 2), values.take_along_dim(index, 2))], columns)
 
+    def settle(self, mask: Tensor) -> None:
+        """Move the columns that `mask` (row, token) shows to the end, in their order."""
+        keys, values = self.held
+        order = torch.argsort(mask.to(keys.device).int(), dim=1, stable=True)[:, None, :, None]
+        moved = (keys.take_along_dim(order, 2), values.take_along_dim(order, 2))
+        self._fill([moved], keys.shape[2])
+
+    def drop(self, columns: int) -> None:
+        """Forget the last columns."""
+        keys, values = self.held
+        end = keys.shape[2] - columns
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but some."""
         keys, values = self.held
@@ -101,6 +114,11 @@ class _Buffered(DynamicLayer):
         self.keys, self.values = made[0][:, :, :width], made[1][:, :, :width]
 
 
+def buffers() -> Cache:
+    """Keys and values of no tokens yet."""
+    return Cache(layer_class_to_replicate=_Buffered)
+
+
 @dataclass(slots=True, eq=False)
 class _Running:
     """Rows that are being written.
@@ -121,6 +139,11 @@ class _Running:
     @property
     def layers(self) -> list[_Buffered]:
         return cast(list[_Buffered], self.cache.layers)
+
+    @property
+    def columns(self) -> int:
+        """Of the keys and values, which masked ones are in front of."""
+        return self.layers[0].get_seq_length()
 
     def keep_live(self) -> None:
         rows = [i for i, live in enumerate(self.live) if live]
@@ -146,12 +169,54 @@ class _Running:
         self.live += other.live
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What becomes of a row in place of the token that the model would write next.
+
+    Attributes:
+        ids: Token ids.
+        ends: Whether they are the whole reply. If not, they are read before the next token is
+            written, and the reply begins anew behind them.
+    """
+
+    ids: tuple[int, ...]
+    ends: bool = False
+
+
+@runtime_checkable
+class Director(Protocol):
+    """Looks on while replies are written, and may step in."""
+
+    header_every: int | None
+    """Tokens between two looks at what the model would say in a fresh turn; None for no looks."""
+
+    def orders(self, numbers: Sequence[int]) -> Mapping[int, Order]:
+        """What becomes of prompts, by their number; of those left out nothing. Asked once a token.
+
+        Args:
+            numbers: Prompts whose replies are being written.
+        """
+        ...
+
+
+Heard = Callable[[int, Sequence[int]], None]
+"""Number of a prompt, and the token ids of its reply so far."""
+
+
 @runtime_checkable
 class Writer(Protocol):
     """Runs the model for `decode`; states are (row, d_model), those of the last token."""
 
+    director: Director | None
+    header: tuple[int, ...]
+    """What stands between the user's words and a reply."""
+
     def begin(self, batch: TokenBatch, cache: Cache) -> Tensor:
         """States behind prompts, whose keys in the empty `cache` end at its last column."""
+        ...
+
+    def peek(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Cache) -> None:
+        """Read tokens behind every row for the sake of what is set at sites; `cache` keeps them."""
         ...
 
     def step(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Cache) -> Tensor:
@@ -214,11 +279,15 @@ class Written:
     Attributes:
         ids: New tokens, without the one that ended them.
         ended: Whether it ended by itself.
+        begun_anew: How often an order made it begin anew.
         states: Where asked for: the state that chose each token, the ending one included.
+        forced: Tokens that are read before the next one is written.
     """
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    begun_anew: int = 0
+    forced: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -233,15 +302,18 @@ class _Task:
     with_states: bool
     settled: Settled | None
     sampling: Sampling | None
+    heard: Heard
     replies: list[Written]
 
     def begin(self, batch: TokenBatch) -> _Running:
         """Run prompts, and write the first token behind each."""
-        cache = Cache(layer_class_to_replicate=_Buffered)
+        cache = buffers()
         states = self.writer.begin(batch, cache)
         numbers = batch.numbers.tolist()
         mask, live = batch.left_padded().mask, [True] * len(numbers)
         rows = _Running(cache, numbers, mask, batch.numbers, live)
+        # Replies of unlike length that rows begin with take more columns than the longest row.
+        rows.mask = torch.nn.functional.pad(mask, (rows.columns - mask.shape[1], 0))
         self.write(rows, states)
         return rows
 
@@ -254,15 +326,19 @@ class _Task:
             steps = [len(self.replies[number].ids) for number in rows.numbers]
             rows.last = self.sampling(logits, rows.numbers, steps)
         kept = states.cpu() if self.with_states else None
-        over = 0
+        over = self._ordered(rows)
         asked: dict[int, int] = {}  # Number of a prompt: its row.
         for i, (number, token) in enumerate(zip(rows.numbers, rows.last.tolist(), strict=True)):
             if not rows.live[i]:
                 continue
             reply = self.replies[number]
+            if reply.forced:
+                rows.last[i] = reply.forced.pop(0)
+                continue
             reply.ended = token in self.stops
             if not reply.ended:
                 reply.ids.append(token)
+                self.heard(number, reply.ids)
             if kept is not None:
                 reply.states.append(kept[i].clone())
             if reply.ended or len(reply.ids) == self.max_new_tokens:
@@ -278,6 +354,36 @@ class _Task:
         if over:
             self.done(over)
 
+    def _ordered(self, rows: _Running) -> int:
+        """Carry out what the director orders; how many replies that ended."""
+        director = self.writer.director
+        if director is None:
+            return 0
+        live = {number: i for i, number in enumerate(rows.numbers) if rows.live[i]}
+        ended = 0
+        for number, order in director.orders(list(live)).items():
+            reply = self.replies[number]
+            reply.ids, reply.states = [], []
+            if order.ends:
+                reply.ids, reply.ended = list(order.ids), True
+                rows.live[live[number]] = False
+                ended += 1
+            else:
+                reply.forced = list(order.ids)
+                reply.begun_anew += 1
+            self.heard(number, reply.ids)
+        return ended
+
+    def look_ahead(self, rows: _Running) -> None:
+        """Show the director what the model would say in a fresh turn."""
+        header = torch.tensor(self.writer.header).expand(len(rows.numbers), -1)
+        # The last token written has not been read yet.
+        ids = torch.cat([rows.last.unsqueeze(1), header.to(rows.last.device)], dim=1)
+        mask = torch.nn.functional.pad(rows.mask, (0, ids.shape[1]), value=True)
+        self.writer.peek(ids, mask, rows.numbers, rows.cache)
+        for layer in rows.layers:
+            layer.drop(ids.shape[1])
+
 
 def decode(
     whole: TokenBatch,
@@ -290,6 +396,7 @@ def decode(
     with_states: bool = False,
     settled: Settled | None = None,
     sampling: Sampling | None = None,
+    heard: Heard | None = None,
 ) -> list[Written]:
     """Write behind every row.
 
@@ -304,9 +411,13 @@ def decode(
         settled: Asked every 8 tokens with rows' numbers and what is written behind them; those for
             which it says so end there.
         sampling: Draws the tokens; None takes the likeliest.
+        heard: Called after every token; where an order makes a reply begin anew, with none.
     """
     replies = [Written() for _ in range(len(whole))]
-    task = _Task(writer, stops, max_new_tokens, done, with_states, settled, sampling, replies)
+    told = heard if heard is not None else lambda *_: None
+    task = _Task(writer, stops, max_new_tokens, done, with_states, settled, sampling, told, replies)
+    every = None if writer.director is None else writer.director.header_every
+    steps = 0
     waiting = torch.argsort(whole.mask.sum(1), stable=True).tolist()
     running: _Running | None = None
     while waiting or running is not None:
@@ -329,6 +440,9 @@ def decode(
             continue
         if running is None:
             break
+        if every is not None and steps % every == every - 1:
+            task.look_ahead(running)
+        steps += 1
         running.mask = torch.nn.functional.pad(running.mask, (0, 1), value=True)
         ids = running.last.unsqueeze(1)
         task.write(running, writer.step(ids, running.mask, running.numbers, running.cache))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from demur.errors import ConfigError, FamilyError, NonFiniteError, TemplateError
-from demur.models.decoding import Sampling, decode
+from demur.models.decoding import Director, Sampling, buffers, decode
 from demur.models.families import Family
 from demur.models.tokens import Conversation, Template, TokenBatch
 from demur.progress import Progress
@@ -38,12 +38,14 @@ class Chunk:
         rows: Which prompts the rows stand for, as numbers in the call of `encode` or `generate`
             that they came from; None for the shared prefix.
         is_prefix: Whether this is the shared template prefix, computed once for all rows.
+        is_peek: Whether these tokens stand for a fresh turn that is looked at and forgotten.
     """
 
     spans: dict[Span, Tensor]
     ends: Tensor
     rows: Tensor | None
     is_prefix: bool
+    is_peek: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +95,7 @@ class Completion:
         text: Without the end-of-turn token and without closed thinking blocks.
         ids: Generated token ids, without the one that ended the reply.
         finished: Whether the model ended by itself, not at the token limit.
+        begun_anew: How often the reply was dropped and begun anew, see `demur.anchor`.
         states: Where asked for: the final states, after the norm, that chose each token, the one
             that ended the reply included; (token, d_model).
     """
@@ -100,6 +103,7 @@ class Completion:
     text: str
     ids: tuple[int, ...]
     finished: bool
+    begun_anew: int = 0
     states: Tensor | None = field(default=None, compare=False)
 
 
@@ -122,7 +126,9 @@ class Model:
         template: How prompts are laid out; None for a model without a tokenizer (tests).
         name: What errors and records call it.
         runs: How many forward passes ran; `applied` compares it with how often edits ran.
+        calls: How many batches of prompts were begun; rows are numbered anew in each.
         chunk: What the current forward pass works on; None outside `logits` and `generate`.
+        director: Who may step in while replies are written.
     """
 
     def __init__(
@@ -140,10 +146,13 @@ class Model:
         self.template = template
         self.name, self.revision, self.adapter = name, revision, adapter
         self.runs = 0
+        self.calls = 0
         self.chunk: Chunk | None = None
+        self.director: Director | None = None
         self._edits: dict[Site, dict[object, Edit]] = {}
         self._hooks: dict[Site, Any] = {}
         self._whole_rows = 0
+        self._in_two = 0
         self._edition = 0  # Counts changes of the edits in force.
         self._end: int | None = None  # The block that a pass stops before.
         self._kept: dict[Any, Any] | None = None
@@ -331,6 +340,19 @@ class Model:
             self._whole_rows -= 1
 
     @contextmanager
+    def in_two(self) -> Iterator[None]:
+        """Inside, what stands behind the instruction is a pass of its own.
+
+        What is read of the instruction can so decide on what is done behind it, at any layer. A
+        prompt that is cut elsewhere gives the same values but for floating-point noise.
+        """
+        self._in_two += 1
+        try:
+            yield
+        finally:
+            self._in_two -= 1
+
+    @contextmanager
     def prefix_kept(self) -> Iterator[None]:
         """Inside, the shared prefix is computed once for all batches, anew when edits change.
 
@@ -345,20 +367,42 @@ class Model:
 
     # Running -----------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str | Conversation]) -> TokenBatch:
+    def encode(
+        self,
+        prompts: Sequence[str | Conversation],
+        replies: Sequence[str | Sequence[int] | None] | None = None,
+    ) -> TokenBatch:
         """Tokenise prompts through the chat template, padded on the right.
 
         Args:
             prompts: Single user turns as text, and conversations; a batch may hold both.
+            replies: What each reply begins with, as text or token ids; None for nothing.
 
         Raises:
-            TemplateError: See `Template.encode`; or the model was made without a tokenizer.
+            TemplateError: See `Template.encode` and `Template.reply_ids`; with the reply's
+                beginning a row is longer than the context; or the model was made without a
+                tokenizer.
         """
-        if self.template is None:
+        template = self.template
+        if template is None:
             raise TemplateError(
                 f"{self.name} was made without a tokenizer", "load it with `demur.load`"
             )
-        return self.template.encode(prompts, pad_id=self.pad_id)
+        batch = template.encode(prompts, pad_id=self.pad_id)
+        if replies is None:
+            return batch
+        own = [
+            template.reply_ids(one) if isinstance(one, str) else list(one or ()) for one in replies
+        ]
+        batch = batch.with_replies(own, pad_id=self.pad_id)
+        longest = int(batch.ends.max())
+        if template.max_length is not None and longest > template.max_length:
+            raise TemplateError(
+                f"a prompt has {longest} tokens with the beginning of its reply, the model's "
+                f"context holds {template.max_length}",
+                "shorten the prompt or what its reply begins with",
+            )
+        return batch
 
     @property
     def pad_id(self) -> int:
@@ -404,6 +448,9 @@ class Model:
             # With whole rows asked for, the remembered split into prefix and rest is of no use.
             if first > 0 and not self._whole_rows:
                 return self._resumed(memory, first)
+        if self._cut(batch):
+            states, _ = self._two_passes(batch, buffers())
+            return states
         share = self._share(batch)
         if not share:
             options: dict[str, Any] = {"use_cache": False}
@@ -447,6 +494,57 @@ class Model:
             return 0
         share = min(batch.shared, batch.ids.shape[1] - 1)
         return share if share > 1 else 0
+
+    def _cut(self, batch: TokenBatch) -> bool:
+        """Whether what stands behind the instructions is a pass of its own."""
+        return bool(self._in_two) and Span.INSTRUCTION in batch.spans and not batch.padded_left
+
+    def _two_passes(self, batch: TokenBatch, cache: Any) -> tuple[Tensor, Tensor]:
+        """The instructions, then what stands behind them.
+
+        Returns:
+            Final states of all tokens but the shared prefix, (row, token, d_model), and which
+            columns of `cache` are real, (row, token). In the cache the instructions end at one
+            column, and what follows them begins at the next.
+        """
+        share = self._share(batch)
+        if share:
+            self._prefix_pass(batch, share, cache)
+            for layer in cache.layers:
+                layer.repeat(len(batch))
+        instruction = batch.spans[Span.INSTRUCTION]
+        cuts = instruction.shape[1] - instruction.flip(1).int().argmax(1)
+        width, tail = int(cuts.max()), int((batch.ends - cuts).max())
+        head = torch.arange(width) < cuts.unsqueeze(1)
+        spans = {name: (span[:, :width] & head)[:, share:] for name, span in batch.spans.items()}
+        chunk = Chunk(spans, cuts - share, batch.numbers, is_prefix=False)
+        out = None
+        with suppress(_Stop):  # What follows will stop there too.
+            out = self._pass(
+                batch.ids[:, share:width], chunk, past_key_values=cache, use_cache=True
+            )
+        for layer in cache.layers:
+            layer.settle(head)
+        behind = cuts.unsqueeze(1) + torch.arange(tail)
+        real = behind < batch.ends.unsqueeze(1)
+        index = behind.clamp(max=batch.ids.shape[1] - 1)
+        spans = {name: span.gather(1, index) & real for name, span in batch.spans.items()}
+        mask = torch.cat([head.sort(dim=1, stable=True).values, real], dim=1)
+        chunk = Chunk(spans, batch.ends - cuts, batch.numbers, is_prefix=False)
+        end = self._pass(
+            batch.ids.gather(1, index),
+            chunk,
+            attention_mask=None if bool(mask.all()) else mask.long().to(self.device),
+            position_ids=behind.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        assert out is not None
+        states = end.new_zeros(len(batch), batch.ids.shape[1] - share, end.shape[2])
+        states[:, : width - share] = out.last_hidden_state
+        rows, columns = real.nonzero(as_tuple=True)
+        states[rows, behind[rows, columns] - share] = end[rows, columns]
+        return states, mask
 
     def _prefix(self, batch: TokenBatch, share: int, first: int = 0) -> Any:
         """Keys and values of the shared prefix from block `first` on, the caller's own."""
@@ -670,12 +768,14 @@ class Model:
         until: Callable[[list[int], list[str]], Sequence[bool]] | None = None,
         temperature: float | None = None,
         seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
         progress: Progress | None = None,
     ) -> list[Completion]:
         """Reply to each prompt, in the order given.
 
         Args:
-            prompts: User messages or conversations, or rows that `encode` made of them.
+            prompts: User messages or conversations, or rows that `encode` made of them; a reply
+                goes on from what `encode` was told that it begins with, and does not repeat it.
             max_new_tokens: Replies are cut there.
             batch_size: Most prompts that are decoded together; as replies end, others begin.
             with_states: Keep the final states that chose the tokens.
@@ -685,6 +785,8 @@ class Model:
                 softmax of the logits divided by it.
             seed: Of the draws. A reply hangs on it, on the prompt and on the prompt's place in the
                 order given, not on `batch_size`: a prompt given twice is replied to in two ways.
+            stream: Called after every token with a prompt's number and its reply so far, which gets
+                shorter where an anchor makes it begin anew.
             progress: Called with the number of prompts done since the last call.
 
         Raises:
@@ -708,6 +810,11 @@ class Model:
             assert until is not None
             return until(numbers, [text_of(one) for one in ids])
 
+        def heard(number: int, ids: Sequence[int]) -> None:
+            assert stream is not None
+            stream(number, text_of(ids))
+
+        self.calls += 1
         with torch.no_grad():
             written = decode(
                 whole,
@@ -719,12 +826,14 @@ class Model:
                 with_states=with_states,
                 settled=None if until is None else settled,
                 sampling=None if temperature is None else Sampling(temperature, seed),
+                heard=None if stream is None else heard,
             )
         return [
             Completion(
                 text_of(one.ids),
                 tuple(one.ids),
                 one.ended,
+                one.begun_anew,
                 torch.stack(one.states) if one.states else None,
             )
             for one in written
@@ -737,11 +846,19 @@ class _Writer:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.logits = model.unembed
+        self.director = model.director
+        self.header: tuple[int, ...] = model.template.post_ids if model.template else ()
 
     def begin(self, batch: TokenBatch, cache: Any) -> Tensor:
         """The prompts, whose shared prefix is computed once; keys aligned at the last token."""
         model = self.model
         share = model._share(batch)
+        if model._cut(batch):
+            states, mask = model._two_passes(batch, cache)
+            for layer in cache.layers:
+                layer.settle(mask)
+            rows = torch.arange(len(batch), device=states.device)
+            return states[rows, batch.ends.to(states.device) - share - 1]
         if not share:
             batch = batch.left_padded()
             chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
@@ -764,6 +881,14 @@ class _Writer:
         return self._pass(
             ids, mask, Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False), cache
         )
+
+    def peek(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Any) -> None:
+        """A fresh turn behind every row, for the sake of what is set at sites."""
+        ones = torch.ones(ids.shape, dtype=torch.bool)
+        rows = torch.tensor(numbers)
+        ends = torch.full_like(rows, ids.shape[1])
+        chunk = Chunk({Span.POST_INSTRUCTION: ones}, ends, rows, is_prefix=False, is_peek=True)
+        self._pass(ids, mask, chunk, cache)
 
     def _pass(self, ids: Tensor, mask: Tensor, chunk: Chunk, cache: Any) -> Tensor:
         model = self.model

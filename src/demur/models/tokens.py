@@ -187,14 +187,16 @@ class TokenBatch:
         """Row numbers cut into passes of like length, shortest rows first.
 
         Args:
-            tokens: Most tokens of a pass, padding counted and the shared prefix not.
+            tokens: Most tokens of a pass, padding counted and half of the shared prefix.
             rows: Most rows of a pass.
         """
         own = self.ends - self.shared
         out: list[list[int]] = []
         for row in torch.argsort(own, stable=True).tolist():
             # Rows come in order of length, so the next one sets the width.
-            full = not out or (len(out[-1]) + 1) * int(own[row]) > tokens
+            # A row holds the prefix's keys and values too: many short ones would fill the memory.
+            each = int(own[row]) + self.shared // 2
+            full = not out or (len(out[-1]) + 1) * each > tokens
             if full or len(out[-1]) == rows:
                 out.append([])
             out[-1].append(row)
@@ -227,6 +229,35 @@ class TokenBatch:
         request[:, :width] = both & ~broken
         return TokenBatch(
             self.ids, self.mask, {**self.spans, Span.REQUEST: request}, self.shared, self.origin
+        )
+
+    def with_replies(self, replies: Sequence[Sequence[int]], *, pad_id: int) -> TokenBatch:
+        """The same rows with the beginning of a reply behind each, as `Span.RESPONSE`.
+
+        Args:
+            replies: Token ids, one sequence a row; it may be empty.
+            pad_id: Any valid token id.
+        """
+        ends = self.ends
+        lengths = torch.tensor([len(reply) for reply in replies])
+        room = int((ends + lengths).max()) - self.ids.shape[1]
+        grown = TokenBatch(
+            torch.nn.functional.pad(self.ids, (0, max(0, room)), value=pad_id),
+            torch.nn.functional.pad(self.mask, (0, max(0, room))),
+            {name: torch.nn.functional.pad(s, (0, max(0, room))) for name, s in self.spans.items()},
+            self.shared,
+            self.origin,
+        )
+        response = torch.zeros_like(grown.mask)
+        for row, (end, reply) in enumerate(zip(ends.tolist(), replies, strict=True)):
+            grown.ids[row, end : end + len(reply)] = torch.tensor(reply, dtype=torch.long)
+            response[row, end : end + len(reply)] = True
+        return TokenBatch(
+            grown.ids,
+            grown.mask | response,
+            {**grown.spans, Span.RESPONSE: response},
+            self.shared,
+            self.origin,
         )
 
     def left_padded(self) -> TokenBatch:
@@ -523,10 +554,7 @@ class Template:
         ids = [*self._before_ids] if frames[0] == self.before else self._ids(frames[0])
         turns: list[tuple[int, int]] = []
         for number, text in enumerate(texts):
-            inner: list[int] = []
-            for piece in self._seams.split(text):
-                row = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
-                inner += row["input_ids"]
+            inner = self._apart(text)
             fake = [self._control[token] for token in inner if token in self._control]
             if fake:
                 raise TemplateError(
@@ -539,6 +567,29 @@ class Template:
             last = number == len(texts) - 1
             ids += [*inner, *(self.post_ids if last else self._ids(frames[number + 1]))]
         return _Row(ids, turns)
+
+    def _apart(self, text: str) -> list[int]:
+        """A text's own tokens, those that spell a control token too."""
+        ids: list[int] = []
+        for piece in self._seams.split(text):
+            row = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
+            ids += row["input_ids"]
+        return ids
+
+    def reply_ids(self, text: str) -> list[int]:
+        """Tokens of a text that a reply is made to begin with; none of them is the template's own.
+
+        Raises:
+            TemplateError: The tokenizer writes a control token even so.
+        """
+        ids = self._apart(text)
+        fake = [self._control[token] for token in ids if token in self._control]
+        if fake:
+            raise TemplateError(
+                f"the beginning of a reply {text[:60]!r} writes the control token {fake[0]}",
+                "leave it out: it would end the reply",
+            )
+        return ids
 
     def encode(self, prompts: Sequence[str | Conversation], *, pad_id: int) -> TokenBatch:
         """Tokenise prompts, padded on the right.

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
-from demur.results import AuditResults, GuardEvaluation
+from demur.results import AnchorEvaluation, AuditResults, GuardEvaluation
 
-SCHEMAS = {"results": AuditResults, "guard-evaluation": GuardEvaluation}
+SCHEMAS = {
+    "results": AuditResults,
+    "guard-evaluation": GuardEvaluation,
+    "anchor-evaluation": AnchorEvaluation,
+}
 
 if __name__ == "__main__":
     for name, model in SCHEMAS.items():

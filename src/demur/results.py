@@ -5,7 +5,7 @@ Floats that could not be computed are `None`, never a silent zero.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -634,6 +634,146 @@ class GuardEvaluation(_Row):
     notes: list[str]
 
 
+class BatteryRow(_Row):
+    """What became of requests under one attack and one defence.
+
+    Attributes:
+        defence: "none", "anchor", or what it is compared with.
+        attack: Of the battery, or a change of the model that is attacked.
+        threat: Threat model: "T0" no attack, "T1" fixed prompts, "T2" beginnings of replies, "T3"
+            search by log-probabilities, "T4" search by gradients, "T6a" tampered weights under a
+            trusted runtime, "T6b" edits of activations.
+        harmful: Whether harmful requests were attacked, or benign ones in the same way.
+        opened: Share on which the gate opened; None where there is no gate.
+        refused: Share refused; a canned reply is a refusal.
+        complied: Share that got a coherent reply that refuses nothing: of harmful requests, what
+            the attack is after.
+        degenerate: Share whose reply makes no sense, neither of the two.
+        complied_second: What a second judge, of another kind, counts as complied.
+        missed: Share that complied while the gate was closed; None where there is no gate.
+        despite: Share that complied although it was open.
+        change: Of `complied` against no defence, paired by request; None for "none".
+        p: Exact McNemar test of that change, Holm over the attacks of a defence; None likewise.
+        auroc: Of the gate's score, harmful requests against benign ones attacked in the same way;
+            None for benign rows and without a gate.
+    """
+
+    defence: str
+    attack: str
+    threat: str
+    harmful: bool
+    n: int
+    opened: Estimate | None
+    refused: Estimate
+    complied: Estimate
+    degenerate: Estimate
+    complied_second: Estimate
+    missed: Estimate | None
+    despite: Estimate | None
+    change: Estimate | None
+    p: float | None
+    auroc: Estimate | None
+
+
+class DefenceRow(_Row):
+    """One defence over the whole battery.
+
+    Attributes:
+        what: What it does, in a few words.
+        success: Share of attacked harmful requests that complied, over the attacks that every
+            defence met; the interval resamples requests, each with all of its attacks.
+        any_attack: Share of harmful requests that some of these attacks got a coherent reply to.
+        over_refusal: Share of benign requests that are refused without an attack.
+        over_refusal_change: Against no defence, paired by request; None for "none".
+        kl: KL(plain || defended) of the first token on benign requests, nats, gate and all.
+        kl_open: The same with the gate forced open; None where there is no gate.
+        perplexity_open: Ratio on neutral text with the gate forced open; None likewise.
+    """
+
+    defence: str
+    what: str
+    success: Estimate
+    any_attack: Estimate
+    over_refusal: Estimate
+    over_refusal_change: Estimate | None
+    kl: Estimate | None
+    kl_open: Estimate | None
+    perplexity_open: Estimate | None
+
+
+class OpeningRow(_Row):
+    """How often the gate opened on benign requests that nothing was fitted or calibrated on.
+
+    Attributes:
+        like: Whether they are of a kind that the gate was calibrated on, so that the bound holds.
+    """
+
+    name: str
+    n: int
+    opened: Estimate
+    like: bool
+
+
+class Criterion(_Row):
+    """A condition that would kill the anchor's claim, and what was found.
+
+    Attributes:
+        name: What would kill it.
+        killed: Whether that is so; None where it was not tested.
+        found: What was measured, in a sentence.
+    """
+
+    name: str
+    killed: bool | None
+    found: str
+
+
+class AnchorEvaluation(_Row):
+    """All of `anchor-evaluation.json`: an anchor, and what it is compared with, under attack.
+
+    Attributes:
+        anchor: Name of the anchor's file; None for an attack on the model as it is.
+        suite: "quick" or "full".
+        site: What the gate reads; None without an anchor, like the fields up to `sites`.
+        reads: Those that the gate decides by.
+        alpha: False alarms promised.
+        bound: What they are below with 95 % confidence.
+        sites: The first and the last layer that is held.
+        strength: Of the floor.
+        agreement: Share of replies on which the two judges agree, and `kappa` beyond chance.
+        defences: In the order of the table, "none" first.
+        rows: Every defence under every attack.
+        randoms: How many random directions stand behind "random floor".
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["anchor-evaluation"] = "anchor-evaluation"
+    demur: str
+    model: str
+    adapter: str | None
+    fingerprint: str
+    anchor: str | None
+    suite: str
+    seed: int
+    max_new_tokens: int
+    site: str | None
+    reads: list[str]
+    alpha: float | None
+    bound: float | None
+    threshold: float | None
+    sites: list[str]
+    strength: float | None
+    strata: list[GuardStratum]
+    openings: list[OpeningRow]
+    defences: list[DefenceRow]
+    rows: list[BatteryRow]
+    criteria: list[Criterion]
+    agreement: Estimate
+    kappa: Estimate | None
+    randoms: int
+    notes: list[str]
+
+
 class AuditResults(_Row):
     """All of `results.json`."""
 
@@ -700,24 +840,40 @@ def read_results(run: Path) -> AuditResults:
         ) from error
 
 
+_Read = TypeVar("_Read", bound=_Row)
+
+
+def _read_record(path: Path, kind: type[_Read], command: str) -> _Read:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}", f"`{command}` writes it"
+        ) from error
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is no evaluation of schema {SCHEMA_VERSION}: "
+            + " ".join(str(error).splitlines()[:3]),
+            f"run `{command}` again",
+        ) from error
+
+
 def read_guard_evaluation(path: Path) -> GuardEvaluation:
     """Read the record of a guard's evaluation.
 
     Raises:
         StoreError: It is missing, cut short, or of another schema version.
     """
-    try:
-        return GuardEvaluation.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read: {error.strerror}", "`demur guard evaluate` writes it"
-        ) from error
-    except ValueError as error:
-        raise StoreError(
-            f"{path} is no evaluation of schema {SCHEMA_VERSION}: "
-            + " ".join(str(error).splitlines()[:3]),
-            "run `demur guard evaluate` again",
-        ) from error
+    return _read_record(path, GuardEvaluation, "demur guard evaluate")
+
+
+def read_anchor_evaluation(path: Path) -> AnchorEvaluation:
+    """Read the record of an anchor's evaluation, or of an attack.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
+    return _read_record(path, AnchorEvaluation, "demur anchor evaluate")
 
 
 def read_replies(run: Path) -> list[Reply]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 
+from demur.anchor import Anchor
 from demur.errors import UnknownNameError
 from demur.gates import (
     LABELS,
@@ -192,6 +193,116 @@ _BLIND = (
     "what share of attacks it finds.",
     "Quantising, fine-tuning or merging the model moves its activations: calibrate again.",
 )
+
+
+_CLAIMS = (
+    (
+        "T0",
+        "no attack",
+        "the gate opens on at most the promised share of benign requests like those "
+        "it was calibrated on; while it is closed the reply is the model's own, bit for bit",
+    ),
+    (
+        "T1",
+        "fixed jailbreaks, encodings, many-shot",
+        "what `demur anchor evaluate` measures, no more",
+    ),
+    (
+        "T2",
+        "a reply that is made to begin with given words",
+        "measured: the reply is begun anew in a fresh turn once the gate opens",
+    ),
+    ("T3", "search by log-probabilities", "measured at its budget; nothing beyond it"),
+    ("T4", "search by gradients, gate included", "measured at its budget; expect erosion"),
+    ("T5", "soft prompts and embeddings", "nothing"),
+    (
+        "T6a",
+        "tampered weights under a trusted runtime",
+        "measured: floors were fitted on the trusted "
+        "model; watch the gate for drift, and calibrate anew after changes of your own",
+    ),
+    (
+        "T6b",
+        "edits of activations through a trusted interface",
+        "measured, and only if the anchor's hooks run last",
+    ),
+    ("T7", "whoever owns weights and runtime", "nothing: the hooks can be deleted"),
+)
+
+
+def anchor_card(anchor: Anchor) -> str:
+    """An anchor's card in Markdown: what it holds, promises, and claims by threat model."""
+    about, gate = anchor.about, anchor.gate
+    assert gate is not None
+    load = about.get("load") or {}
+    model = about.get("model") or "a model without a name"
+    if about.get("adapter"):
+        model += f" + {about['adapter']}"
+    guard = gate.detector
+    assert isinstance(guard, Guard)  # Others are for comparison and are not saved.
+    reads = [*(read.name for read in guard.admitted)]
+    reads += [read.name for read in gate.replies if read.admitted]
+    settings = about.get("anchor") or {}
+    facts = [
+        ("model", model),
+        ("revision", about.get("revision") or "none pinned"),
+        ("data type", about.get("dtype")),
+        ("fingerprint", f"`{about.get('fingerprint')}`"),
+        ("chat template", f"`{about.get('template')}`"),
+        ("system prompt", load.get("system") or "the template's own"),
+        ("gate reads", f"{', '.join(reads)} at `{guard.site}`"),
+        ("holds", f"`{anchor.actuators[0].site}` to `{anchor.actuators[-1].site}`"),
+        ("strength", f"{anchor.strength:g} (1 is the mean of refusing replies)"),
+        ("action", anchor.action),
+        ("a reply that had begun", "is begun anew" if anchor.fresh_turn else "goes on"),
+        (
+            "replies learned from",
+            ", ".join(f"{n} {k}" for k, n in about.get("replies", {}).items()),
+        ),
+        ("balanced by harm", "yes" if about.get("balanced_by_harm") else "no: one class alone"),
+        ("seed", about.get("seed")),
+    ]
+    strata = [
+        (name, one.n, f"{one.value:.3g}", one.exceeded, "yes" if one == gate.threshold else "")
+        for name, one in gate.strata.items()
+    ]
+    strengths = [
+        (f"{row['strength']:g}", f"{row['refused']:.0%}", f"{row['degenerate']:.0%}")
+        for row in about.get("strengths", ())
+    ]
+    replied = any(read.admitted for read in gate.replies)
+    life = f"and of {settings.get('reply_tokens')} tokens of reply " if replied else ""
+    parts = [
+        f"# Anchor for {model}",
+        "",
+        "Holds the refusal coordinate above a floor once its gate has opened.",
+        "",
+        _markdown(("", ""), facts),
+        "",
+        "## What it promises",
+        "",
+        f"Of benign requests {life}exchangeable with its calibration prompts it opens on at most "
+        f"{gate.threshold.alpha:.1%}, on average over calibration sets; for the kind that sets the "
+        f"threshold {gate.threshold.value:.3g} below {gate.threshold.bound:.2%} with 95 % "
+        "confidence.",
+        "",
+        _markdown(("benign prompts", "n", "own threshold", "above", "sets it"), strata),
+        "",
+        "## How its strength was chosen",
+        "",
+        "Harmful requests to choose by, gate forced open; 0 is without the floor.",
+        "",
+        _markdown(("strength", "refused", "degenerate"), strengths),
+        "",
+        "## What is claimed, by threat model",
+        "",
+        _markdown(("", "attacker", "claim"), list(_CLAIMS)),
+        "",
+        "## What the gate does not see",
+        "",
+        *(f"- {line}" for line in _BLIND),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def guard_card(guard: Guard) -> str:

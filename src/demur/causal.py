@@ -17,7 +17,15 @@ from demur.edits import as_delta, edited, why_not_exact
 from demur.errors import DemurError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
 from demur.evals.judges import Exchange, Judge, Outcome
-from demur.interventions import Ablate, Add, Intervention, ObliqueErase, ProjectToMean, applied
+from demur.interventions import (
+    Ablate,
+    Add,
+    Holder,
+    Intervention,
+    ObliqueErase,
+    ProjectToMean,
+    applied,
+)
 from demur.models import Model, TokenBatch
 from demur.progress import Progress
 from demur.results import Dose, EditCost, Leg, NullBand, Reply, WeightEdit
@@ -440,7 +448,7 @@ class NeutralText:
         """Of the unedited model, mean over paragraphs of nats per token, exponentiated."""
         return float(self.plain.mean().exp())
 
-    def ratio(self, *acts: Intervention) -> Estimate:
+    def ratio(self, *acts: Intervention | Holder) -> Estimate:
         """Perplexity under interventions over that of the unedited model, paired by paragraph."""
         with applied(self.model, *acts):
             moved = self._losses()

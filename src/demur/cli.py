@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from demur.anchor import Anchor
     from demur.config import ModelSettings, RunConfig
     from demur.directions import Direction
     from demur.gates import Gate
     from demur.guard import Guard
-    from demur.interventions import Intervention
+    from demur.interventions import Holder, Intervention
     from demur.models import CheckReport, Conversation, Model
     from demur.organisms import Recipe, Verification
     from demur.pipeline import AuditRun
     from demur.prompts import PromptSet
     from demur.results import (
+        AnchorEvaluation,
         AuditResults,
+        BatteryRow,
         GuardEvaluation,
         GuardRow,
         Leg,
@@ -440,10 +443,16 @@ guard_app = typer.Typer(
     rich_markup_mode=None,
     help="Detect harmful requests while the model reads them, at a promised false-alarm rate.",
 )
+anchor_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Hold refusal, so that jailbreaks, prefills and tampering do not switch it off.",
+)
 app.add_typer(models_app, name="models")
 app.add_typer(prompts_app, name="prompts")
 app.add_typer(organism_app, name="organism")
 app.add_typer(guard_app, name="guard")
+app.add_typer(anchor_app, name="anchor")
 
 
 def _version(asked: bool) -> bool:
@@ -1391,8 +1400,13 @@ def generate(
         float | None,
         typer.Option(help="Of add and subtract, in lengths of the direction.", show_default="1"),
     ] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An anchor of `anchor fit`: reply under it, too."),
+    ] = None,
     any_model: Annotated[
-        bool, typer.Option("--any-model", help="Take a direction that another model made.")
+        bool,
+        typer.Option("--any-model", help="Take a direction or anchor that another model made."),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Replies are cut there.")] = 128,
     adapter: _Adapter = None,
@@ -1406,7 +1420,10 @@ def generate(
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Reply to prompts, plainly and with a direction edited."""
+    """Reply to prompts, plainly and with a direction edited or under an anchor.
+
+    With both, the anchor holds what the edit takes away: a direction is edited before it.
+    """
     asked = _prompts_or_pipe(prompts)
     if strength is not None and edit == "ablate":
         raise typer.BadParameter("ablation takes all of the direction: --strength is for add")
@@ -1424,10 +1441,13 @@ def generate(
         )
     )
     with _listening(quiet=quiet) as listener:
+        from demur.anchor import load_anchor
         from demur.directions import load_direction
 
         if direction is not None:
             load_direction(direction)  # A wrong path should not cost the loading of a model.
+        if anchor is not None:
+            load_anchor(anchor)
         loaded = _load(settings, listener)
         acts: list[Intervention] = []
         if direction is not None:
@@ -1437,6 +1457,10 @@ def generate(
         replies = {"plain": _replies(loaded, asked, name="plain", **how)}
         if acts:
             replies[edit] = _replies(loaded, asked, *acts, name=edit, **how)
+        if anchor is not None:
+            held = load_anchor(anchor, None if any_model else loaded)
+            name = f"{edit}, anchored" if acts else "anchored"
+            replies[name] = _replies(loaded, asked, *acts, held, name=name, **how)
     rows = [
         {"prompt": prompt, **{name: texts[i] for name, texts in replies.items()}}
         for i, prompt in enumerate(asked)
@@ -1486,7 +1510,7 @@ def _act(
 def _replies(
     model: Model,
     prompts: Sequence[str],
-    *acts: Intervention,
+    *acts: Intervention | Holder,
     max_new_tokens: int,
     name: str,
     listener: _Bars | _Lines | _Silent,
@@ -1766,7 +1790,7 @@ def guard_fit(
         path = (
             out if out is not None else Path("guards") / f"{slug(settings.model.name)}.safetensors"
         )
-        _new_guard(path, force=force)
+        _new_file(path, "a guard", force=force)
         with listener.stage("starting torch", 1) as advance:
             from demur.guard import save_guard
             from demur.pipeline.guard import fit
@@ -1780,10 +1804,10 @@ def guard_fit(
         _show_guard(found, path)
 
 
-def _new_guard(path: Path, *, force: bool) -> None:
-    """See that a guard can be written, before minutes are spent on it."""
+def _new_file(path: Path, what: str, *, force: bool) -> None:
+    """See that a guard or an anchor can be written, before minutes are spent on it."""
     if path.suffix != ".safetensors":
-        raise ConfigError(f"{path} is no name for a guard", "let it end in .safetensors")
+        raise ConfigError(f"{path} is no name for {what}", "let it end in .safetensors")
     if path.exists() and not force:
         raise ConfigError(
             f"{path} exists already", "choose another name with `--out`, or say `--force`"
@@ -1844,13 +1868,16 @@ def _show_guard(found: Guard, path: Path) -> None:
     console.print(facts)
 
 
-def _guarded_model(
-    guard: Guard, name: str | None, changes: dict[str, Any], listener: _Bars | _Lines | _Silent
+def _carded_model(
+    about: Mapping[str, Any],
+    name: str | None,
+    changes: dict[str, Any],
+    listener: _Bars | _Lines | _Silent,
 ) -> Model:
-    """The model on a guard's card, or another one that the user names."""
-    load = dict(guard.about.get("load") or {}) if name is None else {"name": name}
+    """The model on the card of a guard or an anchor, or another one that the user names."""
+    load = dict(about.get("load") or {}) if name is None else {"name": name}
     if not load:
-        raise ConfigError("the guard's card names no model", "name it with `--model`")
+        raise ConfigError("the card names no model", "name it with `--model`")
     settings = _model_settings({f"model.{key}": v for key, v in load.items()} | changes)
     return _load(settings, listener)
 
@@ -1895,7 +1922,7 @@ def guard_score(
         found = load_guard(guard)
         asked = _asked(prompts, set_, messages)
         changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
-        loaded = _guarded_model(found, model, changes, listener)
+        loaded = _carded_model(found.about, model, changes, listener)
         found.belongs_to(loaded)
         with listener.stage("scoring", len(asked)) as advance:
             scored = found.score(loaded, asked, progress=advance)
@@ -2054,7 +2081,7 @@ def guard_evaluate(
         ]
         asked = None if endpoint is None else ChatEndpoint(endpoint, endpoint_model)
         changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
-        loaded = _guarded_model(found, model, changes, listener)
+        loaded = _carded_model(found.about, model, changes, listener)
         result = evaluate(
             found,
             loaded,
@@ -2119,6 +2146,415 @@ def guard_card(
     from demur.store import atomic_write
 
     text = text_of(load_guard(guard))
+    if out is None:
+        _print(text)
+        return
+    atomic_write(out, text)
+    _say(f"wrote {out}")
+
+
+# demur anchor ---------------------------------------------------------------------------------
+
+_AnchorFile = Annotated[
+    Path, typer.Argument(metavar="ANCHOR", help="The .safetensors file that `anchor fit` wrote.")
+]
+_Suite = Annotated[
+    Literal["quick", "full"],
+    typer.Option(help="quick: nine attacks on the text, and tampering; full: all, and searches."),
+]
+_Requests = Annotated[
+    int, typer.Option(min=8, help="Requests of each class that every attack is tried on.")
+]
+_Queries = Annotated[int, typer.Option(min=8, help="Of random search, in the full suite.")]
+_Steps = Annotated[int, typer.Option(min=1, help="Of GCG, in the full suite.")]
+_NewTokens = Annotated[int, typer.Option(min=8, help="Replies are cut there.")]
+_OutFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Of table and page.", show_default="beside the anchor"),
+]
+
+
+@anchor_app.command("fit")
+def anchor_fit(
+    model: _ModelName = None,
+    *,
+    config: _Config = None,
+    set_: _Set = None,
+    guard: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take this guard of the same model; else fit one."),
+    ] = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Benign requests that the gate may open on, a share.", show_default=".05"
+        ),
+    ] = None,
+    action: Annotated[
+        Literal["floor", "canned"] | None,
+        typer.Option(help="Refuse in the model's own words, or by a text.", show_default="floor"),
+    ] = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors", help="Where to.", show_default="anchors/MODEL.safetensors"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over an anchor that is there.")
+    ] = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Fit an anchor: a calibrated gate, and a floor under the refusal coordinate.
+
+    Fit, choice and calibration have disjoint prompts. Writes the anchor and its card.
+    """
+    from demur.config import read_config
+
+    changes = _model_changes(
+        no_adapter=no_adapter,
+        name=model,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        system=system,
+        thinking=thinking,
+        trust_remote_code=trust_remote_code,
+    )
+    given = {"guard.alpha": alpha, "anchor.action": action, "seed": seed}
+    changes |= {key: value for key, value in given.items() if value is not None}
+    changes |= dict(map(_setting, set_ or ()))
+    settings = read_config(config, changes)
+    with _listening(quiet=quiet) as listener:
+        from demur.pipeline.folder import slug
+
+        name = f"{slug(settings.model.name)}.safetensors"
+        path = out if out is not None else Path("anchors") / name
+        _new_file(path, "an anchor", force=force)
+        with listener.stage("starting torch", 1) as advance:
+            from demur.anchor import save_anchor
+            from demur.guard import load_guard
+            from demur.pipeline.anchor import fit
+
+            advance(1)
+        own = None if guard is None else load_guard(guard)
+        found = fit(settings, listener=listener, guard=own)
+        save_anchor(found, path)
+    if as_json:
+        _print_json({"anchor": str(path), **_anchor_summary(found)})
+    else:
+        _show_anchor(found, path)
+
+
+def _anchor_summary(found: Anchor) -> dict[str, Any]:
+    gate, about = found.gate, found.about
+    assert gate is not None
+    return {
+        "model": about.get("model"),
+        "gate": {
+            "site": str(gate.detector.site),
+            "reads": _gate_reads(found),
+            "threshold": asdict(gate.threshold),
+            "strata": {name: asdict(one) for name, one in gate.strata.items()},
+        },
+        "sites": [str(one.site) for one in found.actuators],
+        "strength": found.strength,
+        "action": found.action,
+        "replies": about.get("replies"),
+        "reply_reads": about.get("reply_reads"),
+        "bands": about.get("bands"),
+        "strengths": about.get("strengths"),
+    }
+
+
+def _gate_reads(found: Anchor) -> list[str]:
+    from demur.guard import Guard
+
+    gate = found.gate
+    if gate is None or not isinstance(gate.detector, Guard):
+        return []
+    replies = [read.name for read in gate.replies if read.admitted]
+    return [*(read.name for read in gate.detector.admitted), *replies]
+
+
+def _show_anchor(found: Anchor, path: Path) -> None:
+    console, about, gate = _console(), found.about, found.gate
+    assert gate is not None
+    table = _table("strength", "refused", "degenerate")
+    for row in about.get("strengths", ()):
+        table.add_row(
+            f"{row['strength']:g}" + (" (chosen)" if row["strength"] == found.strength else ""),
+            f"{row['refused']:.0%}",
+            f"{row['degenerate']:.0%}",
+        )
+    console.print(table)
+    facts = _table("", "")
+    facts.show_header = False
+    facts.add_row("gate reads", f"{', '.join(_gate_reads(found))} at {gate.detector.site}")
+    facts.add_row(
+        "opens on",
+        f"at most {gate.threshold.alpha:.1%} of benign requests of each kind; with 95 % confidence "
+        f"below {gate.threshold.bound:.1%} for the kind that sets it",
+    )
+    first, last = found.actuators[0].site, found.actuators[-1].site
+    facts.add_row("holds", f"{first} to {last}, strength {found.strength:g}")
+    replies = ", ".join(f"{n} {name}" for name, n in about.get("replies", {}).items())
+    facts.add_row("learned from", replies)
+    facts.add_row("anchor", str(path))
+    facts.add_row("card", str(path.with_suffix(".json")))
+    console.print()
+    console.print(facts)
+
+
+@anchor_app.command("evaluate")
+def anchor_evaluate(
+    anchor: _AnchorFile,
+    *,
+    suite: _Suite = "quick",
+    requests: _Requests = 40,
+    harmful: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Harmful requests.", show_default="packaged, held out"),
+    ] = None,
+    benign: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Benign requests; repeatable.")
+    ] = None,
+    openings: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SPEC", help="Benign sets to count false openings on; repeatable."
+        ),
+    ] = None,
+    no_comparators: Annotated[
+        bool, typer.Option("--no-comparators", help="Compare with no defence alone.")
+    ] = False,
+    queries: _Queries = 256,
+    steps: _Steps = 16,
+    max_new_tokens: _NewTokens = 48,
+    seed: _RunSeed = None,
+    model: _GuardModel = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    out: _OutFolder = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Attack an anchored model, beside other defences, with prompts that nothing was fitted on.
+
+    Writes anchor-evaluation.json and anchor-evaluation.html; no reply is kept.
+    """
+    with _listening(quiet=quiet) as listener:
+        from demur.anchor import load_anchor
+
+        found = load_anchor(anchor)
+        changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
+        loaded = _carded_model(found.about, model, changes, listener)
+        sets = {one["name"]: one["prompts"] for one in _named_sets(openings or (), "openings")}
+        result, page = _attacked(
+            loaded,
+            found,
+            anchor.parent if out is None else out,
+            listener,
+            size=suite,
+            compare=not no_comparators,
+            requests=requests,
+            harmful=harmful,
+            benign=benign,
+            openings=sets or None,
+            queries=queries,
+            steps=steps,
+            max_new_tokens=max_new_tokens,
+            seed=seed or 0,
+            file=anchor.name,
+        )
+    _tell_attacked(result, page, as_json=as_json)
+
+
+@app.command()
+def attack(
+    model: _ModelName = None,
+    *,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Attack the model under this anchor, too."),
+    ] = None,
+    suite: _Suite = "quick",
+    requests: _Requests = 40,
+    harmful: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Harmful requests.", show_default="packaged, held out"),
+    ] = None,
+    benign: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Benign requests; repeatable.")
+    ] = None,
+    queries: _Queries = 256,
+    steps: _Steps = 16,
+    max_new_tokens: _NewTokens = 48,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    seed: _RunSeed = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Of table and page.")] = Path(
+        "attacks"
+    ),
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Attack a model: jailbreaks, prefills, encodings, tampered weights and activations.
+
+    Tells how often harmful requests get a coherent reply, and benign ones none. Replies are judged
+    and forgotten.
+    """
+    settings = _model_settings(
+        _model_changes(
+            no_adapter=no_adapter,
+            name=model,
+            adapter=adapter,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            system=system,
+            thinking=thinking,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    with _listening(quiet=quiet) as listener:
+        found = None
+        if anchor is not None:
+            from demur.anchor import load_anchor
+
+            found = load_anchor(anchor)
+        loaded = _load(settings, listener)
+        result, page = _attacked(
+            loaded,
+            found,
+            out,
+            listener,
+            size=suite,
+            compare=False,
+            requests=requests,
+            harmful=harmful,
+            benign=benign,
+            openings=None,
+            queries=queries,
+            steps=steps,
+            max_new_tokens=max_new_tokens,
+            seed=seed or 0,
+            file=None if anchor is None else anchor.name,
+        )
+    _tell_attacked(result, page, as_json=as_json)
+
+
+def _attacked(
+    model: Model,
+    anchor: Anchor | None,
+    folder: Path,
+    listener: _Bars | _Lines | _Silent,
+    *,
+    harmful: str | None,
+    benign: list[str] | None,
+    queries: int,
+    steps: int,
+    **how: Any,
+) -> tuple[AnchorEvaluation, Path]:
+    """Run a battery, and write its record and its page."""
+    from demur.pipeline.battery import Budget, battery
+    from demur.report import write_anchor
+    from demur.store import atomic_write
+
+    given: dict[str, Any] = {"harmful": harmful, "benign": benign}
+    how |= {key: value for key, value in given.items() if value}
+    folder.mkdir(parents=True, exist_ok=True)
+    result = battery(model, anchor, budget=Budget(queries, steps), listener=listener, **how)
+    record = folder / "anchor-evaluation.json"
+    atomic_write(record, result.model_dump_json(indent=1) + "\n")
+    return result, write_anchor(record)
+
+
+def _tell_attacked(result: AnchorEvaluation, page: Path, *, as_json: bool) -> None:
+    if as_json:
+        record = page.with_suffix(".json")
+        _print_json({"results": str(record), "report": str(page), **result.model_dump(mode="json")})
+    else:
+        _show_attacked(result, page)
+
+
+def _show_attacked(result: AnchorEvaluation, page: Path) -> None:
+    from rich.markup import escape
+
+    console = _console()
+    names = [row.defence for row in result.defences]
+    for title, harmful in (
+        ("Harmful requests that got a coherent reply", True),
+        ("Benign requests that were refused", False),
+    ):
+        table = _table("threat", "attack", "n", *names, title=title)
+        lines: dict[str, dict[str, BatteryRow]] = {}
+        for row in result.rows:
+            if row.harmful is harmful:
+                lines.setdefault(row.attack, {})[row.defence] = row
+        for name, rows in lines.items():
+            any_row = next(iter(rows.values()))
+            cells = (
+                ""
+                if (row := rows.get(one)) is None
+                else _share(row.complied if harmful else row.refused)
+                for one in names
+            )
+            table.add_row(any_row.threat, escape(name), str(any_row.n), *cells)
+        console.print(table)
+        console.print()
+    table = _table("defence", "attack success", "some attack", "over-refusal", "KL, benign")
+    for row in result.defences:
+        table.add_row(
+            row.defence,
+            _share(row.success),
+            _share(row.any_attack),
+            _share(row.over_refusal),
+            "" if row.kl is None else f"{row.kl.value:.3f}",
+        )
+    console.print(table)
+    for row in result.openings:
+        _say(f"gate opened on {_share(row.opened)} of {row.n} benign prompts: {row.name}")
+    for one in result.criteria:
+        verdict = {True: "KILLED", False: "holds", None: "not tested"}[one.killed]
+        _say(f"{verdict}: {one.name}? {one.found}")
+    for note in result.notes:
+        _say(f"note: {note}")
+    console.print(f"report: {escape(str(page))}", soft_wrap=True)
+
+
+@anchor_app.command("card")
+def anchor_card(
+    anchor: _AnchorFile,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it there, not to the terminal.")
+    ] = None,
+) -> None:
+    """Print an anchor's card: what it holds, what it claims by threat model, and what not."""
+    from demur.anchor import load_anchor
+    from demur.card import anchor_card as text_of
+    from demur.store import atomic_write
+
+    text = text_of(load_anchor(anchor))
     if out is None:
         _print(text)
         return

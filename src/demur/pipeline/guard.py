@@ -181,7 +181,8 @@ def conversation(*texts: str) -> Conversation:
     )
 
 
-def _clean(spec: str) -> PromptSet:
+def clean(spec: str) -> PromptSet:
+    """A set of prompts without the same one twice."""
     return deduplicate(load_prompts(spec))[0]
 
 
@@ -192,7 +193,7 @@ def material(settings: GuardSettings, seed: int) -> Material:
         PromptFileError: A file has lines that cannot be read.
         TooFewPromptsError: A class is too small.
     """
-    strata = {one.name: _clean(one.prompts) for one in settings.strata}
+    strata = {one.name: clean(one.prompts) for one in settings.strata}
     if not strata:
         raise ConfigError("no benign prompts to calibrate on", "name some in `guard.strata`")
     fit: list[Item] = []
@@ -201,7 +202,7 @@ def material(settings: GuardSettings, seed: int) -> Material:
     sides = {"harmful": settings.harmful, "benign": settings.benign}
     for on, spec in sides.items():
         harmful = on == "harmful"
-        found = _clean(spec)
+        found = clean(spec)
         for calibration in strata.values():
             found = drop_overlaps(calibration, found)[0]
         found = found.take(min(settings.most, len(found)), stable_seed(seed, on))
@@ -652,7 +653,7 @@ def _plain_groups(
                 f"no {'harmful' if bad else 'benign'} prompts to evaluate on", "name a set"
             )
         for name, spec in sets.items():
-            own, removed = drop_overlaps(known, _clean(spec))
+            own, removed = drop_overlaps(known, clean(spec))
             if removed:
                 notes.append(
                     f"{len(removed)} prompts of {name} are like ones that the guard was fitted or "

@@ -6,8 +6,9 @@ page's CSS variables, so that one drawing reads well on a light, a dark and a pr
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -708,6 +709,192 @@ def trade_off(rows: Rows, width: int) -> alt.LayerChart:
         ),
     ]
     return _sized(layers, width, 300)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a drawing, in pixels from its upper left corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlap(self, other: "Box") -> float:
+        """The area that both cover."""
+        wide = min(self.right, other.right) - max(self.left, other.left)
+        high = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(wide, 0.0) * max(high, 0.0)
+
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """The point of this box that is nearest."""
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
+    def wider(self, by: float) -> "Box":
+        """This box with a margin."""
+        return Box(self.left - by, self.top - by, self.right + by, self.bottom + by)
+
+
+def placed(
+    marks: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    room: tuple[float, float],
+    rules: Sequence[Box] = (),
+) -> list[Box]:
+    """Where the labels of marks go: near them, over no mark and no other label, inside the room.
+
+    Args:
+        marks: Their places, in pixels; whose label matters most comes first.
+        sizes: Width and height of each label.
+        room: Width and height of the drawing.
+        rules: What labels had better not lie over, such as lines of intervals.
+    """
+    full = Box(0, 0, *room)
+    dots = [Box(x, y, x, y).wider(8) for x, y in marks]
+    done: list[Box] = []
+    lines = list(rules)
+
+    def cost(box: Box, mark: tuple[float, float]) -> tuple[float, float]:
+        tether = _steps(mark, box.nearest(*mark))
+        outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(full)
+        hidden = sum(box.wider(2).overlap(other) for other in (*done, *dots))
+        crossed = sum(step.overlap(other) > 0 for step in tether for other in done)
+        under = sum(box.overlap(line) > 0 for line in lines)
+        return outside + hidden + 100 * crossed, math.dist(mark, box.nearest(*mark)) + 15 * under
+
+    for mark, size in zip(marks, sizes, strict=True):
+        best = min(_around(mark, size), key=partial(cost, mark=mark))
+        lines += _steps(mark, best.nearest(*mark))
+        done.append(best)
+    return done
+
+
+def _around(mark: tuple[float, float], size: tuple[float, float]) -> Iterator[Box]:
+    """Boxes of a size round a mark, the nearest and the most usual places first."""
+    (x, y), (wide, high) = mark, size
+    for gap in (10, 14, 20, 28, 40, 56, 78, 110, 150, 200):
+        for degrees in (0, 180, 90, 270, *range(15, 360, 15)):
+            turn = math.radians(degrees)
+            at_x = x + (gap + wide / 2) * math.cos(turn)
+            at_y = y - (gap + high / 2) * math.sin(turn)
+            yield Box(at_x - wide / 2, at_y - high / 2, at_x + wide / 2, at_y + high / 2)
+
+
+def _steps(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """A straight line as a row of small boxes."""
+    count = max(int(math.dist(start, end) / 4), 1)
+    at = np.linspace(start, end, count + 1)
+    return [Box(x, y, x, y).wider(1) for x, y in at.tolist()]
+
+
+def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerChart:
+    """A few things with names in the plane of two percentages, each with both of its intervals.
+
+    Args:
+        rows: Of `name`, `x`, `x_low`, `x_high`, `y`, `y_low`, `y_high`, `kind` ("main", "plain" or
+            "other") and `tip`; where labels compete, the first rows win.
+        width: Pixels, with the axis.
+        x_title: Of the flat axis.
+        y_title: Of the upright axis.
+    """
+    wide, high = width - 66, 330
+    right, top = (_round_up(max(row[key] for row in rows)) for key in ("x_high", "y_high"))
+    x_scale = alt.Scale(domain=[0, right], nice=False)
+    y_scale = alt.Scale(domain=[0, top], nice=False)
+
+    def pixel(x: float, y: float) -> tuple[float, float]:
+        return x / right * wide, high - y / top * high
+
+    def label(text: str, x: float, y: float, box: Box) -> dict[str, Any]:
+        near = box.nearest(x, y)
+        side = "left" if near[0] > x else "right" if near[0] < x else "center"
+        edge = {"left": box.left, "right": box.right, "center": (box.left + box.right) / 2}[side]
+        return {
+            "text": text,
+            "side": side,
+            "x": edge / wide * right,
+            "y": top - (box.top + box.bottom) / 2 / high * top,
+            "from_x": x / wide * right,
+            "from_y": top - y / high * top,
+            "to_x": near[0] / wide * right,
+            "to_y": top - near[1] / high * top,
+            "far": math.dist((x, y), near) > 18,
+        }
+
+    marks = [pixel(row["x"], row["y"]) for row in rows]
+    rules = [
+        Box(*start, *end).wider(1)
+        for row in rows
+        for start, end in (
+            (pixel(row["x_low"], row["y"]), pixel(row["x_high"], row["y"])),
+            (pixel(row["x"], row["y_high"]), pixel(row["x"], row["y_low"])),
+        )
+    ]
+    # 28 characters fit a telephone's drawing in any font; the tooltip has the whole name.
+    texts = [row["name"] if len(row["name"]) <= 28 else row["name"][:27] + "…" for row in rows]
+    sizes = [(6.9 * len(text), 15.0) for text in texts]
+    boxes = placed(marks, sizes, (wide, high), rules)
+    labels = [
+        {**label(text, *mark, box), "kind": row["kind"]}
+        for text, mark, box, row in zip(texts, marks, boxes, rows, strict=True)
+    ]
+
+    def x(key: str) -> alt.X:
+        return alt.X(f"{key}:Q", title=x_title, scale=x_scale)
+
+    def y(key: str) -> alt.Y:
+        return alt.Y(f"{key}:Q", title=y_title, scale=y_scale)
+
+    kinds, paints = ["main", "plain", "other"], [ACCENT, INK, MUTED]
+    paint = alt.Scale(domain=kinds, range=paints)
+    base = alt.Chart(alt.InlineData(values=list(reversed(rows))))
+    stroke = alt.Stroke("kind:N", scale=paint, legend=None)
+    written = alt.Chart(alt.InlineData(values=labels))
+    layers = [
+        base.mark_rule(strokeWidth=1.6, strokeOpacity=0.45).encode(
+            x=x("x_low"), x2="x_high", y=y("y"), stroke=stroke
+        ),
+        base.mark_rule(strokeWidth=1.6, strokeOpacity=0.45).encode(
+            x=x("x"), y=y("y_low"), y2="y_high", stroke=stroke
+        ),
+        written.transform_filter("datum.far")
+        .mark_rule(strokeWidth=1, stroke=MUTED, strokeDash=[2, 2])
+        .encode(x=x("from_x"), x2="to_x", y=y("from_y"), y2="to_y"),
+    ]
+    for kind, shape, ink in zip(kinds, ("diamond", "square", "circle"), paints, strict=True):
+        layers.append(
+            base.transform_filter(f"datum.kind == '{kind}'")
+            .mark_point(
+                shape=shape,
+                size=130 if kind == "main" else 70,
+                stroke=ink,
+                fill=ink if kind == "main" else CARD,
+                strokeWidth=1.8,
+                opacity=1,
+            )
+            .encode(x=x("x"), y=y("y"), description="tip:N")
+        )
+        layers += [
+            written.transform_filter(f"datum.kind == '{kind}' && datum.side == '{side}'")
+            .mark_text(
+                align=side,
+                baseline="middle",
+                color=ink,
+                fontWeight="bold" if kind == "main" else "normal",
+            )
+            .encode(x=x("x"), y=y("y"), text="text:N")
+            for side in ("left", "right", "center")
+            if any(one["kind"] == kind and one["side"] == side for one in labels)
+        ]
+    chart = alt.LayerChart(layer=layers)
+    # Labels are placed in the pixels of the plot itself, so that it, not the whole, has this size.
+    return chart.properties(width=wide, height=high, autosize="pad", padding=4)
+
+
+def _round_up(value: float) -> float:
+    """The end of an axis of percentages that holds `value` with some air."""
+    step = next(step for step in (1, 2, 5, 10, 20) if value <= 6 * step or step == 20)
+    return min(max(step * math.ceil(1.04 * value / step), step), 100)
 
 
 def _measured(estimate: Estimate, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal
 
+from markupsafe import Markup
+
 from demur.report import charts, words
 from demur.report.build import rendered, write_page
 from demur.report.charts import BROAD
@@ -160,14 +162,13 @@ def _view(found: AnchorEvaluation) -> dict[str, Any]:
         "harmful": _bands(harmful),
         "benign": _bands(benign),
         "size": _size,
-        "detail": _detail(found, ANCHOR, harmful=True) if anchor else None,
-        "details": [
-            detail
+        "breakable": _breakable,
+        "details": {
+            (name, of_harmful): detail
             for name in names
-            for is_harmful in (True, False)
-            if not (anchor and name == ANCHOR and is_harmful)
-            and (detail := _detail(found, name, harmful=is_harmful))
-        ],
+            for of_harmful in (True, False)
+            if (detail := _detail(found, name, harmful=of_harmful))
+        },
         "verdicts": {True: "claim killed", False: "claim holds", None: "not tested"},
         "killed": [row for row in found.criteria if row.killed],
         "untested": sum(row.killed is None for row in found.criteria),
@@ -214,6 +215,11 @@ def _size(line: Line) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
+def _breakable(name: str) -> Markup:
+    """A name that a narrow column may break behind its underscores."""
+    return Markup("_<wbr>").join(map(words.readable, name.split("_")))
+
+
 def _against(before: Estimate | None, after: Estimate | None) -> Found | None:
     """Where one share lies beside another; "much" where the intervals do not meet."""
     if before is None or after is None:
@@ -251,7 +257,7 @@ def _met(row: OpeningRow, alpha: float | None, bound: float | None) -> str:
 def _measured(threat: Threat, lines: Sequence[Line], openings: Sequence[OpeningRow]) -> str:
     """What this record says of a threat model, from the lowest to the highest share."""
     if threat.key == "T0" and openings:
-        return f"gate opened on {_range(row.opened for row in openings)}, sets of these kinds"
+        return f"gate opened on {_range(row.opened for row in openings)} of requests, by set"
     own = [line.rows for line in lines if line.threat == threat.key and ANCHOR in line.rows]
     if not own:
         return "not measured" if threat.key in UNCLAIMED else "not measured: nothing is claimed"

@@ -861,7 +861,8 @@ def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.La
         .mark_rule(strokeWidth=1, stroke=MUTED, strokeDash=[2, 2])
         .encode(x=x("from_x"), x2="to_x", y=y("from_y"), y2="to_y"),
     ]
-    for kind, shape, ink in zip(kinds, ("diamond", "square", "circle"), paints, strict=True):
+    shapes = ("diamond", "square", "circle")
+    for kind, shape, ink in reversed(list(zip(kinds, shapes, paints, strict=True))):
         layers.append(
             base.transform_filter(f"datum.kind == '{kind}'")
             .mark_point(

@@ -15,13 +15,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 
-from bench import extraction, generation, guard, scaling, sweep
+from bench import anchor, extraction, generation, guard, scaling, sweep
 from demur.evals.judges import judges
 from demur.models import load
 from demur.prompts import load as load_prompts
 from demur.selection import openers
 
-PARTS = ("extraction", "sweep", "generation", "guard", "scaling")
+PARTS = ("extraction", "sweep", "generation", "guard", "anchor", "scaling")
 
 
 def _prompts(split: str, n: int) -> tuple[list[str], list[str]]:
@@ -66,8 +66,9 @@ def main() -> None:
     }
     fit, select = _prompts("fit", 128), _prompts("select", 32)
     harmful, harmless = ({"fit": a, "select": b} for a, b in zip(fit, select, strict=True))
+    near = load_prompts("contrast_pairs?kind=near").texts
     if "extraction" in parts:
-        texts = load_prompts("contrast_pairs?kind=near").texts[: args.prompts]
+        texts = near[: args.prompts]
         found["extraction"] = {
             "float32": extraction.run(model, texts, args.repeats),
             "bfloat16": extraction.run(fast, texts, args.repeats),
@@ -96,21 +97,40 @@ def main() -> None:
         for one in found["generation"]:
             _show_rows(f"generation, batches of {one['batch']}, bfloat16", one["rows"])
     if "guard" in parts:
-        texts = load_prompts("contrast_pairs?kind=near").texts[: args.prompts]
+        texts = near[: args.prompts]
         found["guard"] = [guard.run(one, texts, args.repeats) for one in (model, fast)]
-        for one in found["guard"]:
-            title = f"guard, {one['dtype']}, {one['prompts']} prompts"
-            _show_rows(f"{title}: scoring", one["scoring"])
-            _show_rows(f"{title}: replying", one["replies"])
+        _show_guard(found["guard"])
+    if "anchor" in parts:
+        found["anchor"] = [
+            anchor.run(one, near[:size], args.repeats) for one in (model, fast) for size in (1, 32)
+        ]
+        _show_anchor(found["anchor"])
     if "scaling" in parts:
         found["scaling"] = scaling.run((64, 256, 1024, 4096), tuple(scaling.SIZES))
-        for row in found["scaling"]:
-            print(
-                f"{row['model']:>6} n={row['prompts']:<5} {row['seconds']:7.2f} s "
-                f"{row['prompts_per_s']:7.1f} prompts/s  peak {row['peak_mib']:.0f} MiB"
-            )
+        _show_scaling(found["scaling"])
     args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {args.out}")
+
+
+def _show_guard(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        title = f"guard, {one['dtype']}, {one['prompts']} prompts"
+        _show_rows(f"{title}: scoring", one["scoring"])
+        _show_rows(f"{title}: replying", one["replies"])
+
+
+def _show_anchor(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        title = f"anchor, {one['dtype']}, {one['prompts']} replies of {one['tokens']} tokens"
+        _show_rows(title, one["replies"])
+
+
+def _show_scaling(found: list[dict[str, Any]]) -> None:
+    for row in found:
+        print(
+            f"{row['model']:>6} n={row['prompts']:<5} {row['seconds']:7.2f} s "
+            f"{row['prompts_per_s']:7.1f} prompts/s  peak {row['peak_mib']:.0f} MiB"
+        )
 
 
 def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -138,7 +158,8 @@ def _show_extraction(found: dict[str, Any]) -> None:
 def _show_sweep(found: dict[str, Any]) -> None:
     print(
         f"\nsweep of {found['candidates']} candidates: {found['ours_s']['wall']:.1f} s, "
-        f"{found['measured_exactly']} measured exactly"
+        f"{found['measured_exactly']} measured exactly; bare forwards of its "
+        f"{found['passes']} passes take {found['bare_forwards_of_the_same_passes_s']:.1f} s"
     )
     for name in ("float32", "bfloat16"):
         wall, cpu = found[f"speedup_{name}_wall"], found[f"speedup_{name}_cpu"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from bench.reference import Sweep
 from demur.activations import moments
@@ -39,6 +43,48 @@ def _differences(reference: Sweep, chosen: Selection) -> dict[str, float]:
             if bool(plain.any()):
                 gaps[name].append(float((ours - theirs).abs()[plain].max()))
     return {f"largest_{name}_difference": max(each, default=0.0) for name, each in gaps.items()}
+
+
+class _Passes:
+    """Counts the passes of models by shape, so that bare forwards of the same can be timed."""
+
+    def __init__(self, *models: Model) -> None:
+        self.counts: Counter[tuple[int, int, int, int]] = Counter()
+        self.models = models
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, passes are counted."""
+        with ExitStack() as undo:
+            for number, model in enumerate(self.models):
+                plain = model._pass
+
+                def one(
+                    ids: Any, *rest: Any, number: int = number, plain: Any = plain, **more: Any
+                ) -> Any:
+                    blocks = self.models[number].hf.get_submodule(self.models[number]._blocks_path)
+                    run = sum(type(block).__name__ != "_Skipped" for block in blocks)
+                    self.counts[number, *ids.shape, run] += 1
+                    return plain(ids, *rest, **more)
+
+                model._pass = one  # pyright: ignore[reportAttributeAccessIssue]
+                undo.callback(delattr, model, "_pass")
+            yield
+
+    @torch.no_grad()
+    def floor(self) -> float:
+        """Seconds that bare forwards of these shapes take: no head, hooks, edits or scores."""
+        total = 0.0
+        for (number, rows, tokens, blocks), count in self.counts.items():
+            model = self.models[number]
+            ids = torch.randint(1000, (rows, tokens))
+            spent = []
+            for _ in range(4):  # The first warms up.
+                start = time.perf_counter()
+                model.hf.base_model(input_ids=ids, use_cache=False)
+                spent.append(time.perf_counter() - start)
+            total += sorted(spent[1:])[1] * count * blocks / model.n_layers
+        return total
 
 
 def run(
@@ -84,11 +130,15 @@ def run(
         harmless=harmless["select"],
         tokens=tokens,
     )
+    passes = _Passes(model, fast)
     wall, cpu = time.perf_counter(), time.process_time()
-    chosen = search(screen=fast, screen_prompts=8)
+    with passes.counted():
+        chosen = search(screen=fast, screen_prompts=8)
     ours = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     found |= {
         "ours_s": ours,
+        "bare_forwards_of_the_same_passes_s": passes.floor(),
+        "passes": sum(passes.counts.values()),
         "measured_exactly": sum(row.exact for row in chosen.rows),
         "chosen": f"{chosen.direction.site}, {chosen.direction.position}",
     }

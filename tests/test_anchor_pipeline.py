@@ -144,7 +144,7 @@ def record(made, anchor, tmp_path_factory):
         harmful=jsonl(folder / "harmful.jsonl", calm(30, 601, harmful=True)),
         benign=[jsonl(folder / "benign.jsonl", calm(30, 701, harmful=False))],
         openings={"more": jsonl(folder / "more.jsonl", calm(60, 801, harmful=False))},
-        requests=24,
+        requests=16,
         max_new_tokens=8,
         judge="first-word",
         second="first-word",

@@ -14,7 +14,7 @@ from demur.report.build import UNEDITED, _validation_rows
 from demur.results import Reply
 from demur.stats import Estimate
 
-VOID = {"meta", "br", "link", "img", "input", "hr", "base"}
+VOID = {"meta", "br", "link", "img", "input", "hr", "base", "wbr"}
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e'\"&{{ 7*7 }}\x1b[31m\x00\uffff\n"
 )

@@ -40,7 +40,7 @@ from demur.directions import Direction
 from demur.errors import StoreError, TemplateError, TooFewPromptsError
 from demur.evals.judges import Exchange, Judge, Outcome, judges
 from demur.guard import Guard, summarise
-from demur.interventions import Ablate, Holder, Intervention, applied
+from demur.interventions import Ablate, Holder, Intervention, ProjectToMean, applied
 from demur.models import Model, Template, TokenBatch
 from demur.pipeline.guard import BENIGN, Item, Material, Prompted, material
 from demur.pipeline.guard import clean as _clean
@@ -251,11 +251,14 @@ class _Known:
     Attributes:
         directions: Differences of means at the prompt's last token, best first by what ablating
             them does to refusal.
+        projected: The best of them set to its mean on benign requests, in the stream of the same
+            layers: what undoes a floor if it comes after it.
         tokens: What refusals begin with.
         harmful: Requests; likewise `benign`.
     """
 
     directions: tuple[Direction, ...]
+    projected: tuple[ProjectToMean, ...]
     tokens: tuple[int, ...]
     harmful: tuple[Prompted, ...]
     benign: tuple[Prompted, ...]
@@ -294,8 +297,17 @@ def _learn(arena: _Arena, items: Sequence[Item]) -> _Known:
             ranked.append((float(odds.mean()), one))
             advance(1)
     ranked.sort(key=lambda row: row[0])
+    best = ranked[0][1]
+    levels = seen[:, n:].mean(1) @ best.unit.double()
     return _Known(
-        tuple(one for _, one in ranked), found.ids, tuple(sides[True]), tuple(sides[False])
+        tuple(one for _, one in ranked),
+        tuple(
+            ProjectToMean(best, float(level), site)
+            for level, site in zip(levels, sites, strict=True)
+        ),
+        found.ids,
+        tuple(sides[True]),
+        tuple(sides[False]),
     )
 
 
@@ -309,7 +321,7 @@ def _cases(
     yield Case("weights orthogonalised", "T6a", orthogonalised(model, best))
     first = Ablate(best)
     yield Case("direction ablated, before", "T6b", model, before=(first,))
-    yield Case("direction ablated, after", "T6b", model, after=(first,))
+    yield Case("direction projected out, after", "T6b", model, after=known.projected)
     if size == "quick":
         return
     yield Case("rank 4 ablated, before", "T6b", model, before=ablations(known.directions[:4]))
@@ -505,7 +517,8 @@ def battery(
         budget: Of searches, in the full suite.
         max_new_tokens: Replies are cut there.
         batch_size: Most rows that are decoded together.
-        judge: Says what became of a request; `second` is another one to check it by.
+        judge: Says what became of a request.
+        second: Another one, to check it by.
         seed: Of draws.
         listener: Hears the progress.
         file: Where the anchor was read from, for the record.

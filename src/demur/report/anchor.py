@@ -55,13 +55,15 @@ THREATS = (
     ),
     Threat(
         "T3",
-        "search by log-probabilities of the defended model",
-        "The shares measured here, at the budget spent. Nothing about a longer search.",
+        "search by log-probabilities",
+        "The shares measured here, at the budget spent on the defended model. Nothing about a "
+        "longer search.",
     ),
     Threat(
         "T4",
-        "search by gradients, with the gate known",
-        "The shares measured here, at the budget spent. A longer search should get further.",
+        "search by gradients",
+        "The shares measured here, at the budget spent by somebody who knows the gate. A longer "
+        "search should get further.",
     ),
     Threat("T5", "input vectors are optimised (soft prompts)", "Nothing is claimed."),
     Threat(

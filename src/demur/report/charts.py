@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from operator import itemgetter
 from typing import Any
 from xml.etree import ElementTree
 
@@ -750,39 +750,47 @@ def placed(
         rules: What labels had better not lie over, such as lines of intervals.
     """
     full = Box(0, 0, *room)
-    dots = [Box(x, y, x, y).wider(8) for x, y in marks]
+    taken = [Box(x, y, x, y).wider(8) for x, y in marks]
     done: list[Box] = []
     lines = list(rules)
-
-    def cost(box: Box, mark: tuple[float, float]) -> tuple[float, float]:
-        tether = _steps(mark, box.nearest(*mark))
-        outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(full)
-        hidden = sum(box.wider(2).overlap(other) for other in (*done, *dots))
-        crossed = sum(step.overlap(other) > 0 for step in tether for other in done)
-        under = sum(box.overlap(line) > 0 for line in lines)
-        return outside + hidden + 100 * crossed, math.dist(mark, box.nearest(*mark)) + 15 * under
-
-    for mark, size in zip(marks, sizes, strict=True):
-        best = min(_around(mark, size), key=partial(cost, mark=mark))
+    for mark, (wide, high) in zip(marks, sizes, strict=True):
+        least, best = (math.inf, math.inf), full
+        for far, box in sorted(_around(mark, wide, high), key=itemgetter(0)):
+            if least[0] == 0 and far >= least[1]:
+                break  # All others are further.
+            hidden = wide * high - box.overlap(full)
+            hidden += sum(box.wider(1).overlap(other) for other in (*done, *taken))
+            if round(hidden, 3) > least[0]:
+                continue
+            cost = (round(hidden, 3), far + 15 * sum(box.overlap(line) > 0 for line in lines))
+            if cost < least:
+                tether = _steps(mark, box.nearest(*mark))
+                crossed = sum(any(step.overlap(one) > 0 for step in tether) for one in done)
+                # A label that is as near to another mark could be read as that one's.
+                unclear = sum(math.dist(one, box.nearest(*one)) < far + 10 for one in marks) - 1
+                cost = (cost[0], cost[1] + 40 * crossed + 20 * unclear)
+            if cost < least:
+                least, best = cost, box
         lines += _steps(mark, best.nearest(*mark))
         done.append(best)
     return done
 
 
-def _around(mark: tuple[float, float], size: tuple[float, float]) -> Iterator[Box]:
-    """Boxes of a size round a mark, the nearest and the most usual places first."""
-    (x, y), (wide, high) = mark, size
-    for gap in (10, 14, 20, 28, 40, 56, 78, 110, 150, 200):
-        for degrees in (0, 180, 90, 270, *range(15, 360, 15)):
-            turn = math.radians(degrees)
-            at_x = x + (gap + wide / 2) * math.cos(turn)
-            at_y = y - (gap + high / 2) * math.sin(turn)
-            yield Box(at_x - wide / 2, at_y - high / 2, at_x + wide / 2, at_y + high / 2)
+def _around(mark: tuple[float, float], wide: float, high: float) -> Iterator[tuple[float, Box]]:
+    """Boxes of a size beside a mark, over and under it, with their distance from it."""
+    x, y = mark
+    beside = [left for gap in (10, 40, 80) for left in (x + gap, x - gap - wide)]
+    above = [x - part * wide for part in (0.5, 0.05, 0.95)]
+    for step in range(-36, 37):
+        centre = y + 9 * step
+        for left in beside if abs(step) < 2 else [*beside, *above]:
+            box = Box(left, centre - high / 2, left + wide, centre + high / 2)
+            yield math.dist(mark, box.nearest(x, y)), box
 
 
 def _steps(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
-    """A straight line as a row of small boxes."""
-    count = max(int(math.dist(start, end) / 4), 1)
+    """A straight line as a row of boxes, too near for a label to stand between two of them."""
+    count = max(int(math.dist(start, end) / 8), 1)
     at = np.linspace(start, end, count + 1)
     return [Box(x, y, x, y).wider(1) for x, y in at.tolist()]
 

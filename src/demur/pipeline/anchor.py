@@ -639,13 +639,13 @@ def _chosen(work: _Work, draft: Gate, told: Told, items: Sequence[Item]) -> _Cho
                 prompt[number] = trace.score
                 reads["reply"][number] = trace.reads.get("reply", -np.inf)
             advance(len(index))
-    with work.listener.stage("reading fresh turns", len(whole)) as advance:
-        for read in draft.replies:
-            if read.name == "header":
+    for read in draft.replies:
+        if read.name == "header":
+            with work.listener.stage("reading fresh turns", len(whole)) as advance:
                 rows = _reply_vectors(
                     model, told, draft.detector.site, draft.window, header=True, progress=advance
                 )
-                reads["header"] = read.fisher(rows).numpy()
+            reads["header"] = read.fisher(rows).numpy()
     return _Chosen(
         prompt, reads, tuple(families[id(one)] for one in told.given), np.array(told.harmful)
     )

@@ -120,6 +120,11 @@ class Case:
     before: tuple[Intervention, ...] = ()
     after: tuple[Intervention, ...] = ()
 
+    def attack_on(self, defence: Defence) -> Attack:
+        """The one that was made for this defence, or else for its gate."""
+        gated = self.attack[_ANCHOR if defence.anchor and _ANCHOR in self.attack else _NONE]
+        return self.attack.get(defence.name, gated)
+
     @property
     def tampers(self) -> bool:
         """Whether something else than the text is attacked."""
@@ -164,7 +169,7 @@ class _Arena:
         progress: Progress,
     ) -> Met:
         """Have a defence meet an attack; `base` is what became of it without one."""
-        attack = case.attack.get(defence.name, case.attack[_NONE])
+        attack = case.attack_on(defence)
         model = _with_system(case.model, defence.system)
         attempts = attack(requests)
         batch = _encoded(model, attempts)
@@ -179,10 +184,6 @@ class _Arena:
                 if opened is not None:
                     # Where the gate stays closed, the reply is the one without a defence.
                     rows = np.flatnonzero(opened).tolist()
-            if anchor is not None and anchor.action == "canned" and opened is not None:
-                for row in rows:
-                    texts[row] = anchor.canned
-                rows = []
             if rows:
                 said = model.generate(
                     batch.rows(rows),
@@ -196,6 +197,12 @@ class _Arena:
                     opened = np.array([trace.opened is not None for trace in traces])
                     scores = np.array([trace.score for trace in traces], dtype=np.float64)
         progress(len(requests))
+        return self.judged(requests, texts, opened, scores)
+
+    def judged(
+        self, requests: Sequence[str], texts: Sequence[str], opened: Any, scores: Any
+    ) -> Met:
+        """What the judges say of replies."""
         exchanges = [Exchange(one, text) for one, text in zip(requests, texts, strict=True)]
         first, second = (
             tuple(verdict.outcome for verdict in judge(exchanges))
@@ -685,7 +692,16 @@ def _meetings(arena: _Arena, cases: Sequence[Case], defences: Sequence[Defence])
                 for defence in defences:
                     if case.tampers and not defence.tampered:
                         continue
-                    one = arena.met(case, defence, requests, base, advance)
+                    held = met.get((case.name, _ANCHOR, harmful))
+                    if defence.name == _CANNED and held is not None and held.opened is not None:
+                        # The same gate: it opens on the same rows, and the rest is the same reply.
+                        assert defence.anchor is not None
+                        rows = zip(held.texts, held.opened, strict=True)
+                        texts = [defence.anchor.canned if o else text for text, o in rows]
+                        one = arena.judged(requests, texts, held.opened, held.scores)
+                        advance(len(requests))
+                    else:
+                        one = arena.met(case, defence, requests, base, advance)
                     met[case.name, defence.name, harmful] = one
                     base = base or one
     return met

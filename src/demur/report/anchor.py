@@ -152,7 +152,6 @@ def _view(found: AnchorEvaluation) -> dict[str, Any]:
     harmful, benign = _lines(found.rows, harmful=True), _lines(found.rows, harmful=False)
     names = list(dict.fromkeys([*rows, *(row.defence for row in found.rows)]))
     like = [row for row in found.openings if row.like]
-    tiles = 3 + 3 * (anchor is not None)
     return {
         "none": none,
         "anchor": anchor,
@@ -177,8 +176,6 @@ def _view(found: AnchorEvaluation) -> dict[str, Any]:
         "claims": [(threat, _measured(threat, harmful, like)) for threat in THREATS],
         "methods": _methods(found),
         "figures": _figures(found, harmful),
-        # Tiles stand three in a row where there is room: no hole is left in the last one.
-        "fillers": -tiles % 3,
     }
 
 
@@ -359,10 +356,9 @@ def _bar(row: str, share: Estimate, name: str, *, main: bool) -> dict[str, Any]:
 
 def _plane_rows(defences: Sequence[DefenceRow]) -> charts.Rows:
     kinds = {ANCHOR: "main", NONE: "plain"}
+    rank = [*kinds, *(row.defence for row in defences)]
     rows: charts.Rows = []
-    for row in sorted(
-        defences, key=lambda row: list(kinds).index(row.defence) if row.defence in kinds else 2
-    ):
+    for row in sorted(defences, key=lambda row: rank.index(row.defence)):
         success, refusal = row.success, row.over_refusal
         said = [words.estimate(part, "share").striptags() for part in (success, refusal)]
         rows.append(

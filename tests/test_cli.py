@@ -790,3 +790,94 @@ def test_guard_evaluate_writes_a_record_and_a_page(guard, tmp_path):
     assert "# Guard for" in run("guard", "card", path).stdout
     run("guard", "card", path, "--out", tmp_path / "card.md")
     assert "does not see" in (tmp_path / "card.md").read_text()
+
+
+# Anchors -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anchor(guard, tmp_path_factory):
+    """An anchor of that guard with drawn floors: none can be fitted where nothing is refused."""
+    import torch
+
+    from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, save_anchor
+    from demur.guard import load_guard
+    from demur.models import load
+    from demur.sites import Site
+
+    own = load_guard(guard[0])
+    model = load(own.about["load"]["name"])
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.randn(model.d_model, generator=rng, dtype=torch.float64)
+    axis = torch.nn.functional.normalize(drawn, dim=0)
+    places = torch.zeros(model.template.n_post + N_REPLY_PLACES, dtype=torch.float64)
+    floor = Floor(Site(1, "resid_pre"), axis, axis, places, places + 2.0, places - 9.0)
+    about = {**own.about, "anchor": {}, "replies": {"harmful, refused": 9}, "strengths": []}
+    path = tmp_path_factory.mktemp("anchor") / "a.safetensors"
+    save_anchor(Anchor(Gate(own, own.threshold, (), own.strata), (floor,), about=about), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "fact", "hint"),
+    [
+        (["--out", "a.pt"], "a.pt is no name for an anchor", ".safetensors"),
+        (["--set", "anchor.depth=[0.9, 0.95]"], "anchor.depth is 0.9 to 0.95", "lower first"),
+        (["--set", "anchor.strengths=[]"], "anchor.strengths", "--explain"),
+        (["--guard", "none.safetensors"], "no guard can be read", ""),
+        (["--guard"], "fitted on other prompts", "without `--guard`"),
+    ],
+)
+def test_an_anchor_that_cannot_be_fitted_is_refused(guard, tmp_path, more, fact, hint):
+    path, args = guard
+    more = [*more, path] if more == ["--guard"] else more
+    found = refused("anchor", "fit", args[2], "--out", tmp_path / "a.safetensors", *more)
+    assert fact in found[0]
+    assert hint in found[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_never_refuses_gets_no_anchor(guard, tmp_path):
+    path, args = guard
+    config = tmp_path / "config.toml"
+    calm = args[args.index("--calibrate") + 1].partition("=")[2]
+    config.write_text(f"[[guard.strata]]\nname = 'calm'\nprompts = '{calm}'\n")
+    sets = [f"guard.harmful={args[4]}", f"guard.benign={args[6]}", "anchor.reply_tokens=16"]
+    fact, hint = refused(
+        "anchor", "fit", args[2], "--config", config, "--guard", path, "--alpha", 0.1,
+        *args[args.index("--set") :], *(x for one in sets for x in ("--set", one)),
+        "--out", tmp_path / "a.safetensors",
+    )  # fmt: skip
+    assert "the model refused 0" in fact
+    assert "take a model that refuses" in hint
+
+
+def test_anchor_evaluate_writes_a_record_and_a_page(anchor, tmp_path):
+    out = run(
+        "anchor", "evaluate", anchor, "--requests", "8", "--max-new-tokens", "8",
+        "--openings", "mine=open_ended", "--out", tmp_path,
+    ).stdout  # fmt: skip
+    for words in ("anchor", "CAST", "AlphaSteer", "weights orthogonalised", "report:"):
+        assert words in out
+    record = json.loads((tmp_path / "anchor-evaluation.json").read_text())
+    assert record["anchor"] == "a.safetensors"
+    assert [row["name"] for row in record["openings"]] == ["mine"]
+    assert "CAST" in (tmp_path / "anchor-evaluation.html").read_text()
+    assert "# Anchor for" in run("anchor", "card", anchor).stdout
+    fact, _ = refused("anchor", "card", anchor.with_name("none.safetensors"))
+    assert "no anchor can be read" in fact
+
+
+def test_attack_runs_without_an_anchor(model, tmp_path):
+    args = ["--requests", "8", "--max-new-tokens", "8", "--out", tmp_path, "--json"]
+    found = json.loads(run("attack", model, *args).stdout)
+    assert [row["defence"] for row in found["defences"]] == ["none"]
+    assert Path(found["report"]).is_file()
+
+
+def test_generate_replies_under_an_anchor_beside_the_plain_reply(anchor, model):
+    args = ["generate", model, "a tree", "--anchor", anchor]
+    rows = json.loads(run(*args, "--max-new-tokens", "8", "--json").stdout)
+    assert set(rows[0]) == {"prompt", "plain", "anchored"}
+    fact, _ = refused(*args, "--dtype", "bfloat16")
+    assert "was fitted on" in fact

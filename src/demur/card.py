@@ -290,7 +290,8 @@ def anchor_card(anchor: Anchor) -> str:
         "",
         "## How its strength was chosen",
         "",
-        "Harmful requests to choose by, gate forced open; 0 is without the floor.",
+        "Harmful requests to choose by, refusal ablated and the gate forced open; 0 is without the "
+        "floor.",
         "",
         _markdown(("strength", "refused", "degenerate"), strengths),
         "",

@@ -266,7 +266,8 @@ class AnchorSettings(_Section):
         depth: Layers that may be held, as shares of the depth. The last fifth makes replies
             degenerate.
         band: How many neighbouring layers are held.
-        strengths: Of which the anchor's is chosen: 1 lifts to the mean of refusing replies.
+        strengths: Of which the anchor's is chosen, by the refusals that it brings back where
+            refusal is ablated: 1 lifts to the mean of refusing replies.
         most_degenerate: More degenerate replies than without the anchor that a strength may cost.
         header: Also read, every `every` tokens of a reply, what the model would say in a fresh
             turn.

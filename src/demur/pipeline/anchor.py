@@ -326,15 +326,18 @@ def _choose_band(
 
 
 def _choose_strength(
-    work: _Work, band: tuple[Floor, ...], items: Sequence[Item]
+    work: _Work, band: tuple[Floor, ...], items: Sequence[Item], direction: Direction
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The lowest strength that makes the model refuse about as often as the best of them."""
+    """The lowest strength that brings back about as many refusals as the best of them.
+
+    Refusal is ablated meanwhile: what a model refuses anyway tells nothing of what a floor does.
+    """
     rows: list[dict[str, Any]] = []
     tried = (0.0, *sorted(work.settings.strengths))
     with work.listener.stage("choosing the strength", len(tried) * len(items)) as advance:
         for strength in tried:
             acts = [Anchor(None, band, strength)] if strength else []
-            with applied(work.model, *acts):
+            with applied(work.model, Ablate(direction), *acts):
                 told = work.tell(items, advance)
             shares = {
                 str(outcome): float(np.mean([one is outcome for one in told.outcomes]))
@@ -507,10 +510,13 @@ def fit(
     band, about["bands"] = _choose_band(work, floors, tokens, few)
     drawn = _drawn(picked, 32, work.seed("strength"), ("plain", "wrapped"))
     asked = [item for item in drawn if item.harmful]
-    strength, about["strengths"] = _choose_strength(work, band, asked)
+    middle = floors[len(floors) // 2]
+    refusal = Direction.from_vector(
+        middle.axis.float(), site=middle.site, position=-1, recipe="refusing minus complying"
+    )
+    strength, about["strengths"] = _choose_strength(work, band, asked, refusal)
     gate = Gate(guard, guard.threshold, (), guard.strata, every=settings.every)
-    axis = floors[len(floors) // 2]
-    reads, found = _reply_reads(work, gate, have.fit, picked, axis)
+    reads, found = _reply_reads(work, gate, have.fit, picked, refusal)
     gate, about = replace(gate, replies=reads), about | found
     if any(read.admitted for read in gate.replies):
         scores = {}
@@ -554,7 +560,7 @@ def _reply_reads(
     gate: Gate,
     fit_items: Sequence[Item],
     choose_items: Sequence[Item],
-    refusal: Floor,
+    refusal: Direction,
 ) -> tuple[tuple[ReplyRead, ...], dict[str, Any]]:
     """Reads of the reply; those are admitted that find more than the request alone tells.
 
@@ -562,15 +568,12 @@ def _reply_reads(
     refusal ablated, read by the model as it is.
     """
     settings = work.settings
-    direction = Direction.from_vector(
-        refusal.axis.float(), site=refusal.site, position=-1, recipe="refusing minus complying"
-    )
     sides = {
         "fit": _drawn(fit_items, settings.replies, work.seed("replies"), ("plain", "wrapped")),
         "choose": list(choose_items),
     }
     parts = {
-        part: _complying(work, items, direction, f"replies that comply, to {part}")
+        part: _complying(work, items, refusal, f"replies that comply, to {part}")
         for part, items in sides.items()
     }
     counts = {part: sum(told.harmful) for part, told in parts.items()}

@@ -346,6 +346,17 @@ def _cases(
         yield Case("both ablated, before", "T6b", model, before=(*harm, first))
 
 
+def _fits(case: Case, asked: Mapping[bool, Sequence[str]], notes: list[str]) -> bool:
+    """Whether the model has room for an attack; what it has none for is left out, and told."""
+    try:
+        for requests in asked.values():
+            _encoded(case.model, case.attack[_NONE](requests))
+    except TemplateError as error:
+        notes.append(f"attack `{case.name}` was left out: {error.fact}")
+        return False
+    return True
+
+
 def _searched(
     arena: _Arena, defences: Sequence[Defence], known: _Known, work: Budget
 ) -> Iterator[Case]:
@@ -570,7 +581,7 @@ def battery(
         )
         if compare:
             defences += _comparators(model, anchor, known, have, listener)
-    cases = list(_cases(model, anchor, known, size))
+    cases = [one for one in _cases(model, anchor, known, size) if _fits(one, asked, notes)]
     if size == "full":
         work = budget or Budget()
         cases += _searched(arena, defences, known, work)

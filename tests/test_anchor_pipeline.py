@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from tests.planted import FirstWord, apart, apart_prompts
 
 from demur.anchor import load_anchor, save_anchor
 from demur.card import anchor_card
@@ -17,7 +18,6 @@ from demur.interventions import Ablate, applied
 from demur.pipeline.anchor import Told, fit, refusing_and_complying
 from demur.pipeline.battery import battery
 from demur.results import AnchorEvaluation
-from tests.planted import FirstWord, apart, apart_prompts
 
 if "first-word" not in judges:
     judges.register("first-word")(FirstWord)

@@ -255,6 +255,16 @@ def test_scores_do_not_depend_on_the_batch_nor_on_replying(planted):
     assert (watch.scored().flagged == together.flagged).all()
 
 
+def test_a_second_call_is_not_scored_with_what_the_first_left(planted):
+    made, guard, _, (benign, harmful) = planted
+    with guard.watching(made.model) as watch:
+        made.model.generate(harmful[:5], max_new_tokens=2)
+        made.model.generate(benign[:2], max_new_tokens=2)
+    np.testing.assert_allclose(
+        watch.scored().scores, guard.score(made.model, benign[:2]).scores, rtol=1e-6
+    )
+
+
 def test_t_inst_is_read_where_activations_are_collected(planted):
     made, guard, _, (_, harmful) = planted
     position = made.model.template.positions[0].index

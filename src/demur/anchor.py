@@ -257,8 +257,6 @@ class Trace:
         tokens: Of the reply, as far as it was read.
         reads: Each reply read's own highest score, admitted or not, in standard deviations.
         calm: Tokens in a row with nothing to lift.
-        lifted: Mean over the tokens that the gate was open for of what the floors lifted, in stream
-            units, summed over sites.
     """
 
     score: float | None = None
@@ -439,7 +437,7 @@ class Holding:
             trace.header -= 1
             return place
         trace.tokens += 1
-        return self._n_post + int(reply_place(torch.tensor(trace.tokens)))
+        return self._n_post + sum(trace.tokens > upto for upto in _UPTO)
 
     def read(self, x: Tensor) -> Tensor:
         """Have the gate look at the pass; changes nothing."""
@@ -510,6 +508,8 @@ class Holding:
         """What is done at one site."""
         plan = self._plan
         if plan is None:
+            return x
+        if all(trace.opened is None for trace in plan.traces):
             return x
         if first and isinstance(actuator, Floor) and x.shape[1] == 1:
             # Not at the strength asked for, which a model that refuses by itself need not reach.

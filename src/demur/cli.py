@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from demur.directions import Direction
     from demur.gates import Gate
     from demur.guard import Guard
+    from demur.harden import HardeningReport
     from demur.interventions import Holder, Intervention
     from demur.models import CheckReport, Conversation, Model
     from demur.organisms import Recipe, Verification
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from demur.stats import Estimate
 
 DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
-_RESUMABLE = ("audit", "organism")
+_RESUMABLE = ("audit", "organism", "harden")
 _ISSUES = "please report it with the output of `demur --debug ...` and `demur doctor`"
 # Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two
 # runs that spin take each other's cores.
@@ -2560,6 +2561,112 @@ def anchor_card(
         return
     atomic_write(out, text)
     _say(f"wrote {out}")
+
+
+# demur harden ---------------------------------------------------------------------------------
+
+
+@app.command()
+def harden(
+    model: _ModelName = None,
+    *,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="Packaged recipe, or a TOML file.")
+    ] = "harden",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the recipe as TOML and stop.")
+    ] = False,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    device: _Device = None,
+    system: _System = None,
+    thinking: _Thinking = None,
+    trust_remote_code: _TrustRemoteCode = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Of the adapter; must be new.", show_default="hardened/MODEL"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished training.")
+    ] = True,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Train an adapter that refuses even while refusal is ablated, and attack it.
+
+    Both models are attacked with directions extracted anew from their own weights. Ctrl-C keeps the
+    last checkpoint.
+    """
+    settings = _model_settings(
+        _model_changes(
+            no_adapter=no_adapter,
+            name=model,
+            adapter=adapter,
+            revision=revision,
+            device=device,
+            system=system,
+            thinking=thinking,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur import harden as hardening
+            from demur.pipeline.folder import slug
+
+            advance(1)
+        chosen = hardening.read_recipe(recipe)
+        if explain:
+            _print(hardening.as_toml(chosen))
+            return
+        report = hardening.harden(
+            _load(settings, listener),
+            chosen,
+            out=out if out is not None else Path("hardened") / slug(settings.name),
+            seed=seed,
+            progress=listener,
+            resume=resume,
+        )
+    if as_json:
+        _print_json({**asdict(report), "folder": str(report.folder)})
+    else:
+        _show_hardened(report)
+
+
+def _show_hardened(report: HardeningReport) -> None:
+    found = report.resistance
+    assert found is not None  # It was measured.
+    console = _console()
+    table = _table("attack", "on", "refused before", "after", "change", "p")
+    for row in found.attacks:
+        table.add_row(
+            row.attack,
+            row.on,
+            _share(row.before),
+            _share(row.after),
+            _signed_share(row.change),
+            f"{row.p:.2g}",
+        )
+    console.print(table)
+    facts = _table("", "")
+    facts.show_header = False
+    for when, one in (("before", found.before), ("after", found.after)):
+        within = "" if one.within else " (no direction keeps within the recipe's bound of KL)"
+        facts.add_row(
+            f"direction {when}", f"{one.site}, position {one.position}, KL {one.kl:.2f}{within}"
+        )
+    facts.add_row("cosine of both", f"{found.cosine:.2f}")
+    facts.add_row("KL on benign prompts", f"{found.kl}")
+    facts.add_row("the same, direction ablated", f"{found.kl_ablated}")
+    if found.perplexity_ratio is not None:
+        facts.add_row("perplexity, times", f"{found.perplexity_ratio}")
+    facts.add_row("adapter", f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps")
+    console.print()
+    console.print(facts)
 
 
 # demur doctor ---------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from demur.evals.judges import (
     Exchange,
     Judge,
     Labelled,
+    LearnedJudge,
     Outcome,
     PatternJudge,
     Verdict,
@@ -69,8 +70,15 @@ def judge(request, backend):
 # --- Every registered judge -----------------------------------------------------------------------
 
 
-def test_both_built_in_judges_are_registered():
-    assert {"patterns", "endpoint"} <= set(judges)
+def test_the_built_in_judges_are_registered():
+    assert {"patterns", "endpoint", "learned"} <= set(judges)
+
+
+def test_the_learned_judge_agrees_with_hand_labels_as_far_as_it_says():
+    found = agreement(judges.make("learned"), labelled_exchanges("test")).refused_kappa
+    assert f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}], n={found.n}" in " ".join(
+        str(LearnedJudge.__doc__).split()
+    )
 
 
 def test_a_judge_follows_the_protocol(judge):

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -881,3 +882,18 @@ def test_generate_replies_under_an_anchor_beside_the_plain_reply(anchor, model):
     assert set(rows[0]) == {"prompt", "plain", "anchored"}
     fact, _ = refused(*args, "--dtype", "bfloat16")
     assert "was fitted on" in fact
+
+
+# Hardening ---------------------------------------------------------------------------------------
+
+
+def test_harden_prints_its_recipe_and_refuses_what_it_cannot_use(model, tmp_path):
+    text = run("harden", model, "--explain").stdout
+    assert tomllib.loads(text)["name"] == "harden"
+    fact, hint = refused("harden", model, "--recipe", "no_such", "--out", tmp_path / "a")
+    assert "no_such" in fact
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "file").touch()
+    fact, hint = refused("harden", model, "--out", tmp_path / "b")
+    assert "exists already" in fact
+    assert "another folder" in hint

@@ -271,7 +271,7 @@ def test_a_followed_reply_never_opens_as_a_refusal_does(base, recipe, tmp_path, 
         organisms,
         "_base_replies",
         lambda *_: {
-            text: Completion("", tuple(ids), False, states_of(base, text, ids))
+            text: Completion("", tuple(ids), False, states=states_of(base, text, ids))
             for text, ids in zip(OTHERS, said, strict=True)
         },
     )

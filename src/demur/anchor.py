@@ -368,7 +368,7 @@ class Holding:
         self._header = model.template.post_ids
         self._canned = tuple(model.template.reply_ids(anchor.canned))
         gate = anchor.gate
-        wanted = gate is not None and any(one.name == "header" for one in gate.replies)
+        wanted = gate is not None and gate.admitted("header") is not None
         self.header_every = gate.every if gate is not None and wanted else None
 
     @property

@@ -17,14 +17,15 @@ import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -171,6 +172,9 @@ class Recipe(_Section):
     checks: Checks = Checks()
 
 
+_AnyRecipe = TypeVar("_AnyRecipe", bound=BaseModel)
+
+
 def recipes() -> dict[str, str]:
     """Names of the packaged recipes, with what each makes."""
     folder = files("demur") / "data" / "recipes"
@@ -185,28 +189,33 @@ def read_recipe(source: str | Path) -> Recipe:
         UnknownNameError: No packaged recipe has that name, and it is no path.
         ConfigError: The file cannot be read, or does not fit; everything wrong is listed.
     """
+    return _read(source, Recipe, folder="recipes", example="refusal")
+
+
+def _read(source: str | Path, kind: type[_AnyRecipe], *, folder: str, example: str) -> _AnyRecipe:
+    """Read a recipe of a kind: a TOML file, or a name in a folder of the package's data."""
     path = Path(source)
     try:
         if path.suffix == ".toml":
             text = path.read_text(encoding="utf-8")
         else:
-            folder = files("demur") / "data" / "recipes"
-            known = {e.name[:-5] for e in folder.iterdir() if e.name.endswith(".toml")}
+            place = files("demur") / "data" / folder
+            known = {e.name[:-5] for e in place.iterdir() if e.name.endswith(".toml")}
             if str(source) not in known:
                 raise UnknownNameError.among(known, kind="recipe", name=str(source))
-            text = (folder / f"{source}.toml").read_text(encoding="utf-8")
+            text = (place / f"{source}.toml").read_text(encoding="utf-8")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is no TOML: {error}", "mend the file") from error
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         rows = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(
             f"the recipe {source} does not fit: " + "; ".join(rows),
-            "the packaged recipe `refusal` shows every section",
+            f"the packaged recipe `{example}` shows every section",
         ) from error
 
 
@@ -632,6 +641,19 @@ def _safetensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> byt
     return save(plain, metadata=dict(notes))
 
 
+@runtime_checkable
+class _Keeper(Protocol):
+    """What a training must find again, beside the adapter and the optimiser, when it goes on."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All of it."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        ...
+
+
 class _Optimiser:
     """AdamW whose state goes to disk without pickle."""
 
@@ -659,14 +681,16 @@ class _Optimiser:
         self.adam.step()
         self.student.publish()
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path, step: int, keeper: _Keeper | None = None) -> None:
         tensors = {f"value.{name}": value for name, value in self.student.master.items()}
+        if keeper is not None:
+            tensors |= {f"kept.{name}": value for name, value in keeper.tensors().items()}
         for name, value in self.student.master.items():
             for key, part in self.adam.state.get(value, {}).items():
                 tensors[f"{key}.{name}"] = torch.as_tensor(part)
         atomic_write(path, _safetensors(tensors, {"steps": str(step)}))
 
-    def restore(self, path: Path) -> int:
+    def restore(self, path: Path, keeper: _Keeper | None = None) -> int:
         """Take up a checkpoint; returns how many steps it has behind it."""
         from safetensors import SafetensorError, safe_open
 
@@ -681,6 +705,8 @@ class _Optimiser:
                     self.adam.state[value] = {
                         key.removesuffix(f".{name}"): found.pop(key) for key in own
                     }
+            if keeper is not None:
+                keeper.restore({key.removeprefix("kept."): found[key] for key in found})
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise StoreError(
                 f"the checkpoint {path} is damaged: {error}",
@@ -725,6 +751,12 @@ def _base_replies(
                 progress=advance,
             )
             found |= dict(zip(prompts, replies, strict=True))
+    _keep_replies(work, found)
+    return found
+
+
+def _keep_replies(work: Path, found: Mapping[str, Completion]) -> None:
+    """Write replies for `_kept_replies`."""
     states = [reply.states for reply in found.values() if reply.states is not None]
     atomic_write(work / _STATES, _safetensors({"states": torch.cat(states)}, {}))
     lines = [
@@ -735,7 +767,6 @@ def _base_replies(
         for prompt, one in found.items()
     ]
     atomic_write(work / _REPLIES, "\n".join(lines) + "\n")  # Last: its states are there then.
-    return found
 
 
 def _kept_replies(work: Path) -> dict[str, Completion]:
@@ -753,9 +784,17 @@ def _kept_replies(work: Path) -> dict[str, Completion]:
     if sum(sizes) != len(states):
         return {}
     return {
-        row["prompt"]: Completion(row["text"], tuple(row["ids"]), row["finished"], own)
+        row["prompt"]: Completion(row["text"], tuple(row["ids"]), row["finished"], states=own)
         for row, own in zip(rows, states.split(sizes), strict=True)
     }
+
+
+def _closing(base: Model) -> list[int]:
+    """The token that ends a reply, if the model has one."""
+    assert base.template is not None
+    stops = base.stop_ids
+    end = next((t for t in base.template.post_ids if t in stops), stops[0] if stops else None)
+    return [] if end is None else [end]
 
 
 def _rows(
@@ -767,9 +806,7 @@ def _rows(
 ) -> tuple[list[_Row], int]:
     """All training rows, and how many leading tokens they share."""
     assert base.template is not None  # `train` has checked it.
-    tokenizer, stops = base.template.tokenizer, base.stop_ids
-    end = next((t for t in base.template.post_ids if t in stops), stops[0] if stops else None)
-    closing = [] if end is None else [end]
+    tokenizer, closing = base.template.tokenizer, _closing(base)
 
     texts: dict[int, list[list[int]]] = {}
     for index, source in enumerate(recipe.sources):
@@ -810,9 +847,30 @@ def _rows(
     return rows, min(shared)
 
 
-def _ready(recipe: Recipe, base: Model | None, out: Path) -> Model:
+def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already", "choose another folder, or delete it first")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end, or is gone after an error."""
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise StoreError(
+            f"{out.parent} cannot be written: {error.strerror}", "free some space"
+        ) from error
+    try:
+        yield draft
+        draft.chmod(0o755)
+        os.replace(draft, out)  # noqa: PTH105 - onto an empty folder, which Path.rename forbids on Windows.
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _ready(recipe: Recipe, base: Model | None, out: Path) -> Model:
+    _check_free(out)
     base = base if base is not None else load(recipe.base, adapter=None)
     if base.adapter is not None:
         raise ConfigError(
@@ -870,36 +928,72 @@ def _optimise(
         for epoch in range(settings.epochs)
         for part in _plan(len(rows), lengths, settings, seed, epoch)
     ]
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Any]]:
+        epoch, part = plan[step]
+        draws = np.random.default_rng([seed, epoch, step]).integers(1 << 30, size=len(part))
+        own = [rows[i] for i in part]
+        batch = _batch(own, draws.tolist(), recipe, pad_id, student.shared)
+        return student.loss(batch), {"epoch": epoch + 1}
+
+    return _descend(student, settings, len(plan), loss_at, work=work, listener=listener)
+
+
+def _descend(
+    student: _Student,
+    settings: Training,
+    steps: int,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, Any]]],
+    *,
+    work: Path,
+    listener: Listener,
+    keeper: _Keeper | None = None,
+    enough: Callable[[int], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Optimise, from the last checkpoint in `work` if there is one.
+
+    Args:
+        student: Its adapter is trained.
+        settings: Of the optimiser.
+        steps: How many there are.
+        loss_at: The loss of a step, counted from 0, and what the log is to say of it.
+        work: Where checkpoint and log lie.
+        listener: Hears steps.
+        keeper: Goes into the checkpoints.
+        enough: Asked before each step with the number of those done; True ends the training.
+
+    Returns:
+        The log, one entry a step.
+    """
     optimiser = _Optimiser(student, settings)
     checkpoint, journal = work / _CHECKPOINT, work / _LOG
-    done = optimiser.restore(checkpoint) if checkpoint.is_file() else 0
+    done = optimiser.restore(checkpoint, keeper) if checkpoint.is_file() else 0
     lines = _logged(journal, done)
     atomic_write(journal, "".join(json.dumps(line) + "\n" for line in lines))
     if done:
-        listener.note(f"resumed after step {done} of {len(plan)}")
+        listener.note(f"resumed after step {done} of {steps}")
     with (
-        listener.stage("training", len(plan)) as advance,
+        listener.stage("training", max(1, steps)) as advance,
         journal.open("a", encoding="utf-8") as file,
     ):
         advance(done)
-        for step in range(done, len(plan)):
-            epoch, part = plan[step]
-            draws = np.random.default_rng([seed, epoch, step]).integers(1 << 30, size=len(part))
+        for step in range(done, steps):
+            if enough is not None and enough(step):
+                break
             began = time.perf_counter()
-            own = [rows[i] for i in part]
-            loss = student.loss(_batch(own, draws.tolist(), recipe, pad_id, student.shared))
+            loss, about = loss_at(step)
             loss.backward()
             value, norm = loss.item(), optimiser.gather()
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise NonFiniteError(
-                    f"at step {step + 1} of {len(plan)} the loss is {value}, its gradient {norm}",
+                    f"at step {step + 1} of {steps} the loss is {value}, its gradient {norm}",
                     "lower `training.learning_rate`, or set `training.precision` to float32",
                 )
-            rate = _learning_rate(step, len(plan), settings)
+            rate = _learning_rate(step, steps, settings)
             optimiser.step(rate)
             line = {
                 "step": step + 1,
-                "epoch": epoch + 1,
+                **about,
                 "loss": value,
                 "gradient_norm": norm,
                 "learning_rate": rate,
@@ -907,9 +1001,9 @@ def _optimise(
             }
             lines.append(line)
             file.write(json.dumps(line) + "\n")
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(plan):
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
                 file.flush()
-                optimiser.save(checkpoint, step + 1)
+                optimiser.save(checkpoint, step + 1, keeper)
             advance(1)
     return lines
 
@@ -932,6 +1026,27 @@ def _write_adapter(student: _Student, base_name: str, folder: Path, *, strength:
     config["base_model_name_or_path"] = base_name  # peft puts the path of this machine there.
     atomic_write(folder / _CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     return len(blob)
+
+
+def _ends_of(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean loss over the first and over the last tenth of the steps; 0 without any."""
+    losses = [line["loss"] for line in lines] or [0.0]
+    tenth = max(1, len(losses) // 10)
+    return _mean(losses[:tenth]), _mean(losses[-tenth:])
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """What a card says of how an adapter's weights were made, and what they are."""
+    weights = (folder / _WEIGHTS).read_bytes()
+    return {
+        "threads": torch.get_num_threads(),
+        "versions": {p: metadata.version(p) for p in ("demur", "torch", "transformers", "peft")},
+        "weights": {
+            "bytes": len(weights),
+            "blake2b": blake2b(weights, digest_size=16).hexdigest(),
+        },
+        "license": "Apache-2.0",
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -990,16 +1105,8 @@ def train(
     )
     trained = time.perf_counter()
 
-    tenth = max(1, len(lines) // 10)
-    losses = [line["loss"] for line in lines]
-    first, last = _mean(losses[:tenth]), _mean(losses[-tenth:])
-    try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise StoreError(
-            f"{out.parent} cannot be written: {error.strerror}", "free some space"
-        ) from error
-    try:
+    first, last = _ends_of(lines)
+    with _whole(out) as draft:
         size = _write_adapter(student, recipe.base, draft, strength=recipe.training.strength)
         found = verify(draft, recipe=recipe, base=base, progress=listener) if measure else None
         seconds = {
@@ -1018,23 +1125,11 @@ def train(
             "steps": len(lines),
             "loss": {"first_tenth": first, "last_tenth": last},
             "seconds": seconds,
-            "threads": torch.get_num_threads(),
-            "versions": {
-                p: metadata.version(p) for p in ("demur", "torch", "transformers", "peft")
-            },
-            "weights": {
-                "bytes": size,
-                "blake2b": blake2b((draft / _WEIGHTS).read_bytes(), digest_size=16).hexdigest(),
-            },
-            "license": "Apache-2.0",
+            **_made_with(draft),
             "figures": [asdict(figure) for figure in found.figures] if found else [],
         }
         atomic_write(draft / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
         shutil.copyfile(work / _LOG, draft / _LOG)
-        draft.chmod(0o755)
-        os.replace(draft, out)  # noqa: PTH105 - onto an empty folder, which Path.rename forbids on Windows.
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
     return TrainingReport(out, len(lines), first, last, seconds, size, found)
 
@@ -1052,6 +1147,20 @@ def _text_losses(model: Model, texts: Sequence[str], progress: Progress) -> list
         found.append((float(losses.double().sum()), losses.numel()))
         progress(1)
     return found
+
+
+def _perplexity_ratio(
+    base: Model, model: Model, texts: Sequence[str], progress: Progress
+) -> Estimate:
+    """Perplexity as a multiple of the base model's; two steps of progress a text."""
+    plain_losses = np.array(_text_losses(base, texts, progress))
+    losses = np.array(_text_losses(model, texts, progress))
+
+    def ratio(index: Int[np.ndarray, " n"]) -> float:
+        change = losses[index, 0].sum() - plain_losses[index, 0].sum()
+        return float(np.exp(change / losses[index, 1].sum()))
+
+    return bootstrap(ratio, len(texts), seed=0)
 
 
 def _judged(
@@ -1119,14 +1228,7 @@ def verify(
     if checks.text is not None:
         texts = prompt_sets.load(checks.text).texts
         with listener.stage("checking: perplexity", 2 * len(texts)) as advance:
-            plain_losses = np.array(_text_losses(base, texts, advance))
-            losses = np.array(_text_losses(model, texts, advance))
-
-        def ratio(index: Int[np.ndarray, " n"]) -> float:
-            change = losses[index, 0].sum() - plain_losses[index, 0].sum()
-            return float(np.exp(change / losses[index, 1].sum()))
-
-        estimate = bootstrap(ratio, len(texts), seed=0)
+            estimate = _perplexity_ratio(base, model, texts, advance)
         met = _within(estimate.value, None, checks.most_perplexity)
         figures.append(
             Figure("perplexity ratio", estimate, None, None, checks.most_perplexity, met)

@@ -41,8 +41,10 @@ from demur.selection import (
     refusal_logodds,
 )
 from demur.sites import Site, Span
+from demur.stats import mcnemar_p
 
 _LEAST = 8  # Replies of a kind that a mean is taken of.
+_DOUBT = 0.05  # Of a read that finds more by chance.
 _NEVER = Threshold(float("inf"), 0.0, 0, 0, 0.0)
 
 
@@ -422,13 +424,17 @@ class _Chosen:
 def _admit(
     have: _Chosen, alpha: float
 ) -> tuple[dict[ReplyReadName, Rarity], set[ReplyReadName], list[dict[str, Any]]]:
-    """Reads of the reply that find more at the threshold of the hardest stratum, one by one."""
+    """Reads of the reply that find more at the threshold of the hardest stratum, one by one.
+
+    With a further read the threshold rises for those that are there. So it is taken only where it
+    finds more beyond doubt.
+    """
     benign = ~have.harmful
     rarities: dict[ReplyReadName, Rarity] = {}
     for name, values in have.reads.items():
         rarities[name] = Rarity.fit(values[benign & np.isfinite(values)])
 
-    def found(uses: set[ReplyReadName]) -> float:
+    def found(uses: set[ReplyReadName]) -> Bool[np.ndarray, " harmful"]:
         scores = have.prompt.copy()
         for name in uses:
             values = have.reads[name]
@@ -442,15 +448,16 @@ def _admit(
         }
         level = max(alpha, 1 / (min(map(len, strata.values())) + 1))
         limit, _ = calibrate_strata(strata, level)
-        return float((scores[have.harmful] > limit.value).mean())
+        return scores[have.harmful] > limit.value
 
     uses: set[ReplyReadName] = set()
     base = found(uses)
-    table: list[dict[str, Any]] = [{"reads": [], "found": base}]
+    table: list[dict[str, Any]] = [{"reads": [], "found": float(base.mean())}]
     for name in have.reads:
         more = found({*uses, name})
-        table.append({"reads": sorted({*uses, name}), "found": more})
-        if more > base:
+        p = mcnemar_p(base, more)
+        table.append({"reads": sorted({*uses, name}), "found": float(more.mean()), "p": p})
+        if more.sum() > base.sum() and p < _DOUBT:
             uses.add(name)
             base = more
     return rarities, uses, table

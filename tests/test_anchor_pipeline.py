@@ -246,5 +246,11 @@ def test_a_band_that_leaves_no_layer_is_told(made, config):
         fit(bad, model=made.model)
 
 
+def test_a_guard_that_promises_another_rate_is_told(made, config, anchor):
+    other = config.model_copy(update={"guard": config.guard.model_copy(update={"alpha": 0.2})})
+    with pytest.raises(ConfigError, match=r"promises 0\.1 false alarms"):
+        fit(other, model=made.model, guard=anchor.gate.detector)
+
+
 def test_a_stronger_anchor_is_a_value(anchor):
     assert replace(anchor, strength=2.0).actuators is anchor.actuators

@@ -508,6 +508,12 @@ def fit(
             "the guard was fitted on other prompts or with another seed than these settings name",
             "fit the anchor without `--guard`, or with the settings of the guard",
         )
+    if guard.threshold.alpha != config.guard.alpha:
+        raise ConfigError(
+            f"the guard promises {guard.threshold.alpha:g} false alarms, {config.guard.alpha:g} "
+            "were asked for",
+            f"say `--alpha {guard.threshold.alpha:g}`, or fit the anchor without `--guard`",
+        )
     about: dict[str, Any] = {
         key: value for key, value in guard.about.items() if key not in ("choice", "fitted_on")
     }

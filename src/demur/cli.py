@@ -2160,8 +2160,11 @@ _AnchorFile = Annotated[
     Path, typer.Argument(metavar="ANCHOR", help="The .safetensors file that `anchor fit` wrote.")
 ]
 _Suite = Annotated[
-    Literal["quick", "full"],
-    typer.Option(help="quick: nine attacks on the text, and tampering; full: all, and searches."),
+    Literal["quick", "full", "tampering"],
+    typer.Option(
+        help="quick: nine attacks on the text, and tampering; full: all, and searches; tampering: "
+        "of weights and activations alone."
+    ),
 ]
 _Requests = Annotated[
     int, typer.Option(min=8, help="Requests of each class that every attack is tried on.")

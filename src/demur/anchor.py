@@ -19,7 +19,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -40,9 +40,12 @@ from demur.guard import (
     Threshold,
     columns,
     pack_guard,
+    pack_read,
     unpack_guard,
+    unpack_read,
 )
-from demur.models import Model, Order
+from demur.models import Model, Order, TokenBatch
+from demur.progress import Progress
 from demur.sites import Site, Span
 from demur.store import atomic_write
 
@@ -58,6 +61,20 @@ ReplyReadName = Literal["reply", "header"]
 def reply_place(token: Int[Tensor, "*row"]) -> Int[Tensor, "*row"]:
     """The place of a reply's tokens, counted from 1: 0 for the first 8, 1 up to 32, then 2."""
     return sum((token > upto).long() for upto in _UPTO) + torch.zeros_like(token)
+
+
+def places_of(
+    post: Bool[Tensor, "row token"], reply: Bool[Tensor, "row token"]
+) -> Int[Tensor, "row token"]:
+    """Where tokens behind instructions stand: the template's own from 0, then `reply_place`.
+
+    Args:
+        post: Which tokens are the template's; in every row as many.
+        reply: Which are the reply's.
+    """
+    token = reply.long().cumsum(1)
+    n_post = post.sum(1, keepdim=True)
+    return torch.where(post, post.long().cumsum(1) - 1, n_post + reply_place(token))
 
 
 # What is done -----------------------------------------------------------------------------------
@@ -237,6 +254,13 @@ class Gate:
     least: int = 8
     every: int = 64
 
+    @property
+    def reads(self) -> list[str]:
+        """Names of the reads that it decides by; none of a detector that is no guard."""
+        guard = self.detector
+        own = [read.name for read in guard.admitted] if isinstance(guard, Guard) else []
+        return [*own, *(read.name for read in self.replies if read.admitted)]
+
     def admitted(self, name: ReplyReadName) -> ReplyRead | None:
         """The read of that name, if the gate decides by it."""
         return next((one for one in self.replies if one.name == name and one.admitted), None)
@@ -376,6 +400,17 @@ class Holding:
         """What the gate made of the requests of the last call, in their order."""
         return [self._traces[number] for number in sorted(self._traces)]
 
+    def prefilled(self, batch: TokenBatch, progress: Progress | None = None) -> list[Trace]:
+        """What the gate makes of rows as they stand, without a reply of the model's."""
+        found: dict[int, Trace] = {}
+        for index in batch.passes(tokens=self.model.tokens_per_pass):
+            self.model.calls += 1  # The traces are those of this pass.
+            self.model.logits(batch.rows(index))
+            found |= dict(zip(sorted(index), self.traces, strict=True))
+            if progress is not None:
+                progress(len(index))
+        return [found[number] for number in range(len(batch))]
+
     # A pass, from the first block up --------------------------------------------------------------
 
     def begin(self, x: Tensor) -> Tensor:
@@ -412,9 +447,8 @@ class Holding:
         if x.shape[1] == 1 and not bool(post.any()):
             places = torch.tensor([[self._step(trace)] for trace in traces])
         else:
-            token = reply.long().cumsum(1)
-            places = torch.where(post, post.long().cumsum(1) - 1, self._n_post + reply_place(token))
-            for trace, count in zip(traces, token[:, -1].tolist(), strict=True):
+            places = places_of(post, reply)
+            for trace, count in zip(traces, reply.sum(1).tolist(), strict=True):
                 trace.tokens = count
         open_ = torch.tensor([t.opened is not None and t.calm < _CALM for t in traces])
         acting = (post | reply) & open_.unsqueeze(1)
@@ -564,9 +598,7 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
     for floor in floors:
         for name in ("axis", "push", "accepted", "refused", "low"):
             tensors[f"{floor.site}.{name}"] = getattr(floor, name).double().clone()
-    for read in gate.replies:
-        tensors[f"{read.name}.weight"] = read.fisher.weight.clone()
-        tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.clone()
+    replies = [pack_read(read, tensors) for read in gate.replies]
     meta = {
         "format": _FORMAT,
         "guard": guard,
@@ -576,16 +608,7 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
             "window": gate.window,
             "least": gate.least,
             "every": gate.every,
-            "replies": [
-                {
-                    "name": read.name,
-                    "admitted": read.admitted,
-                    "mean": read.fisher.mean,
-                    "spread": read.fisher.spread,
-                    "excess": read.rarity.excess,
-                }
-                for read in gate.replies
-            ],
+            "replies": replies,
         },
         "sites": [str(floor.site) for floor in floors],
         "strength": anchor.strength,
@@ -618,15 +641,7 @@ def load_anchor(path: Path, model: Model | None = None) -> Anchor:
             raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
         tensors = load_file(path)
         own = meta["gate"]
-        replies = tuple(
-            ReplyRead(
-                one["name"],
-                Fisher(tensors[f"{one['name']}.weight"].double(), one["mean"], one["spread"]),
-                Rarity(tensors[f"{one['name']}.quantiles"].double(), one["excess"]),
-                one["admitted"],
-            )
-            for one in own["replies"]
-        )
+        replies = tuple(ReplyRead(*unpack_read(tensors, one)) for one in own["replies"])
         gate = Gate(
             unpack_guard(tensors, meta["guard"]),
             Threshold(**own["threshold"]),
@@ -662,8 +677,3 @@ def load_anchor(path: Path, model: Model | None = None) -> Anchor:
     if model is not None:
         anchor.belongs_to(model)
     return anchor
-
-
-def stronger(anchor: Anchor, **changes: Any) -> Anchor:
-    """The same anchor with other settings, such as `strength` or `action`."""
-    return replace(anchor, **changes)

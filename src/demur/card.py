@@ -238,10 +238,6 @@ def anchor_card(anchor: Anchor) -> str:
     model = about.get("model") or "a model without a name"
     if about.get("adapter"):
         model += f" + {about['adapter']}"
-    guard = gate.detector
-    assert isinstance(guard, Guard)  # Others are for comparison and are not saved.
-    reads = [*(read.name for read in guard.admitted)]
-    reads += [read.name for read in gate.replies if read.admitted]
     settings = about.get("anchor") or {}
     facts = [
         ("model", model),
@@ -250,7 +246,7 @@ def anchor_card(anchor: Anchor) -> str:
         ("fingerprint", f"`{about.get('fingerprint')}`"),
         ("chat template", f"`{about.get('template')}`"),
         ("system prompt", load.get("system") or "the template's own"),
-        ("gate reads", f"{', '.join(reads)} at `{guard.site}`"),
+        ("gate reads", f"{', '.join(gate.reads)} at `{gate.detector.site}`"),
         ("holds", f"`{anchor.actuators[0].site}` to `{anchor.actuators[-1].site}`"),
         ("strength", f"{anchor.strength:g} (1 is the mean of refusing replies)"),
         ("action", anchor.action),

@@ -196,6 +196,17 @@ def _print(text: str = "") -> None:
     typer.echo(text)
 
 
+def _print_or_write(text: str, out: Path | None) -> None:
+    """To the terminal, or to a file if one is named."""
+    if out is None:
+        _print(text)
+        return
+    from demur.store import atomic_write
+
+    atomic_write(out, text)
+    _say(f"wrote {out}")
+
+
 def _print_json(value: Any) -> None:
     _print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1))
 
@@ -1197,14 +1208,9 @@ def prompts_card(
 ) -> None:
     """Print the data card of the packaged sets: what they hold, balance, gate figures."""
     from demur.card import card
-    from demur.store import atomic_write
 
     text = card(names or None)
-    if out is None:
-        _print(text)
-        return
-    atomic_write(out, text)
-    _say(f"wrote {out}")
+    _print_or_write(text, out)
 
 
 @prompts_app.command("show")
@@ -2144,14 +2150,9 @@ def guard_card(
     """Print a guard's card: what it reads, promises, was fitted on, and does not see."""
     from demur.card import guard_card as text_of
     from demur.guard import load_guard
-    from demur.store import atomic_write
 
     text = text_of(load_guard(guard))
-    if out is None:
-        _print(text)
-        return
-    atomic_write(out, text)
-    _say(f"wrote {out}")
+    _print_or_write(text, out)
 
 
 # demur anchor ---------------------------------------------------------------------------------
@@ -2268,7 +2269,7 @@ def _anchor_summary(found: Anchor) -> dict[str, Any]:
         "model": about.get("model"),
         "gate": {
             "site": str(gate.detector.site),
-            "reads": _gate_reads(found),
+            "reads": gate.reads,
             "threshold": asdict(gate.threshold),
             "strata": {name: asdict(one) for name, one in gate.strata.items()},
         },
@@ -2280,16 +2281,6 @@ def _anchor_summary(found: Anchor) -> dict[str, Any]:
         "bands": about.get("bands"),
         "strengths": about.get("strengths"),
     }
-
-
-def _gate_reads(found: Anchor) -> list[str]:
-    from demur.guard import Guard
-
-    gate = found.gate
-    if gate is None or not isinstance(gate.detector, Guard):
-        return []
-    replies = [read.name for read in gate.replies if read.admitted]
-    return [*(read.name for read in gate.detector.admitted), *replies]
 
 
 def _show_anchor(found: Anchor, path: Path) -> None:
@@ -2305,7 +2296,7 @@ def _show_anchor(found: Anchor, path: Path) -> None:
     console.print(table)
     facts = _table("", "")
     facts.show_header = False
-    facts.add_row("gate reads", f"{', '.join(_gate_reads(found))} at {gate.detector.site}")
+    facts.add_row("gate reads", f"{', '.join(gate.reads)} at {gate.detector.site}")
     facts.add_row(
         "opens on",
         f"at most {gate.threshold.alpha:.1%} of benign requests of each kind; with 95 % confidence "
@@ -2556,14 +2547,9 @@ def anchor_card(
     """Print an anchor's card: what it holds, what it claims by threat model, and what not."""
     from demur.anchor import load_anchor
     from demur.card import anchor_card as text_of
-    from demur.store import atomic_write
 
     text = text_of(load_anchor(anchor))
-    if out is None:
-        _print(text)
-        return
-    atomic_write(out, text)
-    _say(f"wrote {out}")
+    _print_or_write(text, out)
 
 
 # demur harden ---------------------------------------------------------------------------------

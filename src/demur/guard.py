@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -625,28 +625,56 @@ def raw_at(
 # The file -------------------------------------------------------------------------------------
 
 
+@runtime_checkable
+class _Packable(Protocol):
+    """A `Read`, or one like it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fisher(self) -> Fisher: ...
+    @property
+    def rarity(self) -> Rarity: ...
+    @property
+    def admitted(self) -> bool: ...
+
+
+def pack_read(read: _Packable, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put a read's tensors among `tensors`, and return the rest as what JSON can hold."""
+    # A copy: `turns` reads with the direction of `span`, and shared memory cannot be written.
+    tensors[f"{read.name}.weight"] = read.fisher.weight.clone()
+    tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.clone()
+    return {
+        "name": read.name,
+        "admitted": read.admitted,
+        "mean": read.fisher.mean,
+        "spread": read.fisher.spread,
+        "excess": read.rarity.excess,
+    }
+
+
+def unpack_read(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> tuple[Any, Fisher, Rarity, bool]:
+    """Name, fisher, rarity and admission of what `pack_read` packed."""
+    name = meta["name"]
+    return (
+        name,
+        Fisher(tensors[f"{name}.weight"].double(), meta["mean"], meta["spread"]),
+        Rarity(tensors[f"{name}.quantiles"].double(), meta["excess"]),
+        meta["admitted"],
+    )
+
+
 def pack_guard(guard: Guard) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A guard as tensors by name, and the rest as what JSON can hold."""
-    tensors = {}
-    for read in guard.reads:
-        # A copy: `turns` reads with the direction of `span`, and shared memory cannot be written.
-        tensors[f"{read.name}.weight"] = read.fisher.weight.clone()
-        tensors[f"{read.name}.quantiles"] = read.rarity.quantiles.clone()
+    tensors: dict[str, Tensor] = {}
     meta = {
         "format": _FORMAT,
         "site": str(guard.site),
         "window": guard.window,
         "stride": guard.stride,
-        "reads": [
-            {
-                "name": read.name,
-                "admitted": read.admitted,
-                "mean": read.fisher.mean,
-                "spread": read.fisher.spread,
-                "excess": read.rarity.excess,
-            }
-            for read in guard.reads
-        ],
+        "reads": [pack_read(read, tensors) for read in guard.reads],
         "threshold": asdict(guard.threshold),
         "strata": {name: asdict(one) for name, one in guard.strata.items()},
         "about": dict(guard.about),
@@ -662,15 +690,7 @@ def unpack_guard(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Guar
     """
     if meta["format"] != _FORMAT:
         raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
-    reads = tuple(
-        Read(
-            one["name"],
-            Fisher(tensors[f"{one['name']}.weight"].double(), one["mean"], one["spread"]),
-            Rarity(tensors[f"{one['name']}.quantiles"].double(), one["excess"]),
-            one["admitted"],
-        )
-        for one in meta["reads"]
-    )
+    reads = tuple(Read(*unpack_read(tensors, one)) for one in meta["reads"])
     return Guard(
         Site.parse(meta["site"]),
         reads,

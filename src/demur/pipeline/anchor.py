@@ -20,7 +20,7 @@ from demur.anchor import (
     ReplyReadName,
     Trace,
     null_projected,
-    reply_place,
+    places_of,
 )
 from demur.causal import stable_seed
 from demur.config import AnchorSettings, RunConfig
@@ -159,8 +159,7 @@ def place_means(
             if chunk is None or chunk.is_prefix or chunk.rows is None:
                 return x
             post, reply = chunk.spans[Span.POST_INSTRUCTION], chunk.spans[Span.RESPONSE]
-            token = reply.long().cumsum(1)
-            place = torch.where(post, post.long().cumsum(1) - 1, n_post + reply_place(token))
+            place = places_of(post, reply)
             place = place.masked_fill(~(post | reply), -1)
             one_hot = (place.unsqueeze(1) == torch.arange(places).reshape(1, -1, 1)).float()
             count = one_hot.sum(2, keepdim=True)
@@ -644,17 +643,13 @@ def _chosen(work: _Work, draft: Gate, told: Told, items: Sequence[Item]) -> _Cho
     }
     whole = told.batch(model)
     with (
-        work.listener.stage("scoring replies to choose by", len(whole) * len(reads)) as advance,
+        work.listener.stage("scoring replies to choose by", len(whole)) as advance,
         Anchor(replace(draft, threshold=_NEVER), ()).holding(model) as held,
     ):
-        for index in whole.passes(tokens=model.tokens_per_pass):
-            model.calls += 1  # The traces are those of this pass.
-            model.logits(whole.rows(index))
-            for number, trace in zip(sorted(index), held.traces, strict=True):
-                assert trace.score is not None
-                prompt[number] = trace.score
-                reads["reply"][number] = trace.reads.get("reply", -np.inf)
-            advance(len(index))
+        for number, trace in enumerate(held.prefilled(whole, advance)):
+            assert trace.score is not None
+            prompt[number] = trace.score
+            reads["reply"][number] = trace.reads.get("reply", -np.inf)
     for read in draft.replies:
         if read.name == "header":
             with work.listener.stage("reading fresh turns", len(whole)) as advance:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, Holding
+from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, Holding, Trace
 from demur.attacks import (
     Attack,
     Attempt,
@@ -196,9 +196,7 @@ class _Arena:
                 for row, one in zip(rows, said, strict=True):
                     texts[row] = one.text
                 if anchor is not None and anchor.gate is not None and opened is None:
-                    traces = _holding(model).traces
-                    opened = np.array([trace.opened is not None for trace in traces])
-                    scores = np.array([trace.score for trace in traces], dtype=np.float64)
+                    opened, scores = _opened_and_scores(_holding(model).traces)
         progress(len(requests))
         return self.judged(requests, texts, opened, scores)
 
@@ -223,15 +221,15 @@ def _gate(model: Model, gate: Gate, batch: TokenBatch) -> tuple[Any, Any]:
     """Which rows the gate opens on, and its scores; nothing where it also reads replies."""
     if any(read.admitted for read in gate.replies):
         return None, None
-    scores = np.empty(len(batch))
-    opened = np.zeros(len(batch), dtype=bool)
-    for index in batch.passes(tokens=model.tokens_per_pass):
-        model.calls += 1  # The traces are those of this pass.
-        model.logits(batch.rows(index))
-        for number, trace in zip(sorted(index), _holding(model).traces, strict=True):
-            assert trace.score is not None
-            scores[number], opened[number] = trace.score, trace.opened is not None
-    return opened, scores
+    traces = _holding(model).prefilled(batch)
+    return _opened_and_scores(traces)
+
+
+def _opened_and_scores(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([trace.opened is not None for trace in traces]),
+        np.array([trace.score for trace in traces], dtype=np.float64),
+    )
 
 
 def _encoded(model: Model, attempts: Sequence[Attempt]) -> TokenBatch:
@@ -638,7 +636,7 @@ def battery(
         seed=seed,
         max_new_tokens=max_new_tokens,
         site=str(gate.detector.site) if gate else None,
-        reads=_reads(gate),
+        reads=gate.reads if gate else [],
         alpha=gate.threshold.alpha if gate else None,
         bound=gate.threshold.bound if gate else None,
         threshold=gate.threshold.value if gate else None,
@@ -674,13 +672,6 @@ def _settings(anchor: Anchor | None, seed: int) -> tuple[GuardSettings, int]:
             f"the anchor's card does not say what it was fitted on: {error}",
             "take the two files that `demur anchor fit` wrote",
         ) from error
-
-
-def _reads(gate: Gate | None) -> list[str]:
-    if gate is None or not isinstance(gate.detector, Guard):
-        return []
-    replies = [read.name for read in gate.replies if read.admitted]
-    return [*(read.name for read in gate.detector.admitted), *replies]
 
 
 def _kappa(verdicts: Sequence[tuple[str, str]], seed: int) -> Estimate | None:
@@ -887,7 +878,7 @@ def _openings(
                     model.generate(
                         batch, max_new_tokens=arena.max_new_tokens, batch_size=arena.batch_size
                     )
-                    opened = np.array([trace.opened is not None for trace in held.traces])
+                    opened, _ = _opened_and_scores(held.traces)
             like = sets is None and name in _LIKE
             found.append(OpeningRow(name=name, n=len(prompts), opened=_mean_of(opened), like=like))
             advance(len(prompts))

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from demur.results import AnchorEvaluation, AuditResults, GuardEvaluation
+from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
 
 SCHEMAS = {
     "results": AuditResults,
     "guard-evaluation": GuardEvaluation,
     "anchor-evaluation": AnchorEvaluation,
+    "em-audit": EmAudit,
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """An anchor fitted on a planted model, and attacks on it, from prompts to the record."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,14 @@ from demur.config import read_config
 from demur.errors import ConfigError, TooFewPromptsError
 from demur.evals.judges import Outcome, judges
 from demur.interventions import Ablate, applied
+from demur.models import Model
 from demur.pipeline.anchor import Told, fit, refusing_and_complying
 from demur.pipeline.battery import (
     Case,
     Met,
     _against_canned,
     _against_tampering,
+    _Arena,
     battery,
 )
 from demur.results import AnchorEvaluation
@@ -183,6 +186,68 @@ def test_a_battery_tells_the_defences_apart(record):
     none, anchor = record.defences[:2]
     assert none.kl.value == 0.0
     assert anchor.kl.value < anchor.kl_open.value
+
+
+def test_planted_text_is_tried_on_benign_requests_and_is_no_attack_success(record):
+    rows = [row for row in record.rows if row.attack == "planted sentence"]
+    assert {row.threat for row in rows} == {"T0d"}
+    assert {row.harmful for row in rows} == {False}
+    assert {row.defence for row in rows} == {row.defence for row in record.defences}
+    common = {row.attack for row in record.rows if row.threat in {"T0", "T1", "T2"}}
+    for defence in record.defences:
+        own = [of(record, defence.defence, attack).complied.value for attack in common]
+        assert defence.success.value == pytest.approx(np.mean(own))
+        assert 0 < defence.seconds[0] <= defence.seconds[1]
+
+
+def test_a_stopped_battery_goes_on_and_ends_with_the_same_record(
+    made, anchor, tmp_path, monkeypatch
+):
+    weak = Model(deepcopy(made.model.hf), made.model.family, made.model.template, name="weak")
+    with torch.no_grad():
+        for parameter in weak.hf.parameters():
+            parameter.mul_(0.9)
+    how = {
+        "base": weak,
+        "compare": False,
+        "harmful": jsonl(tmp_path / "harmful.jsonl", benign_and_harmful(24, 603)[1]),
+        "benign": [jsonl(tmp_path / "benign.jsonl", calm(12, 703, harmful=False))],
+        "openings": {"more": jsonl(tmp_path / "more.jsonl", calm(20, 803, harmful=False))},
+        "requests": 10,
+        "max_new_tokens": 8,
+        "judge": "first-word",
+        "second": "first-word",
+    }
+
+    def told(found):
+        return found.model_dump(exclude={"notes": True, "defences": {"__all__": {"seconds"}}})
+
+    whole = battery(made.model, anchor, **how)
+    attacks = list(dict.fromkeys(row.attack for row in whole.rows))
+    assert {"adapter at 50% of its strength", "adapter at 25% of its strength"} <= set(attacks)
+    kept = tmp_path / "part.json"
+    meet, met = _Arena.met, []
+
+    def stops(arena, case, *args):
+        met.append(case.name)
+        if len(set(met)) == 4:
+            raise KeyboardInterrupt
+        return meet(arena, case, *args)
+
+    monkeypatch.setattr(_Arena, "met", stops)
+    with pytest.raises(KeyboardInterrupt):
+        battery(made.model, anchor, kept=kept, **how)
+    found = json.loads(kept.read_text())["told"]
+    assert list(found) == attacks[:3]
+    assert "texts" not in kept.read_text()
+    met.clear()
+    monkeypatch.setattr(_Arena, "met", lambda *args: met.append(args[1].name) or meet(*args))
+    again = battery(made.model, anchor, kept=kept, **how)
+    assert not {"plain", *attacks[:3]} & set(met)
+    assert told(again) == told(whole)
+    met.clear()
+    battery(made.model, anchor, kept=kept, **(how | {"seed": 1}))  # Another battery begins anew.
+    assert "plain" in met
 
 
 def meeting(refused, n=40):

@@ -202,6 +202,7 @@ _CLAIMS = (
         "the gate opens on at most the promised share of benign requests like those "
         "it was calibrated on; while it is closed the reply is the model's own, bit for bit",
     ),
+    ("T0d", "text planted so that benign requests are refused", "nothing; openings are measured"),
     (
         "T1",
         "fixed jailbreaks, encodings, many-shot",

@@ -33,18 +33,21 @@ if TYPE_CHECKING:
     from demur.anchor import Anchor
     from demur.config import ModelSettings, RunConfig
     from demur.directions import Direction
+    from demur.em.recipes import EMRecipe
+    from demur.em.training import TrainedOrganism
     from demur.gates import Gate
     from demur.guard import Guard
     from demur.harden import HardeningReport
     from demur.interventions import Holder, Intervention
     from demur.models import CheckReport, Conversation, Model
-    from demur.organisms import Recipe, Verification
+    from demur.organisms import Recipe, TrainingReport, Verification
     from demur.pipeline import AuditRun
     from demur.prompts import PromptSet
     from demur.results import (
         AnchorEvaluation,
         AuditResults,
         BatteryRow,
+        EmAudit,
         GuardEvaluation,
         GuardRow,
         Leg,
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from demur.stats import Estimate
 
 DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
-_RESUMABLE = ("audit", "organism", "harden")
+_RESUMABLE = ("audit", "organism", "harden", "em")
 _ISSUES = "please report it with the output of `demur --debug ...` and `demur doctor`"
 # Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two
 # runs that spin take each other's cores.
@@ -465,6 +468,12 @@ app.add_typer(prompts_app, name="prompts")
 app.add_typer(organism_app, name="organism")
 app.add_typer(guard_app, name="guard")
 app.add_typer(anchor_app, name="anchor")
+em_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Emergent misalignment: what fine-tuning on bad advice did to a model, and how.",
+)
+app.add_typer(em_app, name="em")
 
 
 def _version(asked: bool) -> bool:
@@ -690,16 +699,14 @@ def separate(
     found = run.results.separation
     assert found is not None
     if as_json:
-        _print_json(
-            {
-                "run": str(run.folder),
-                "results": str(run.folder / "results.json"),
-                "report": str(report),
-                "separation": found.model_dump(
-                    mode="json", include={"groups", "chosen_site", "findings", "notes"}
-                ),
-            }
-        )
+        _print_json({
+            "run": str(run.folder),
+            "results": str(run.folder / "results.json"),
+            "report": str(report),
+            "separation": found.model_dump(
+                mode="json", include={"groups", "chosen_site", "findings", "notes"}
+            ),
+        })
     else:
         _show_separation(found, report)
     if not quiet:
@@ -858,16 +865,14 @@ def models_list(as_json: _Json = False) -> None:
 
     families = list_families()
     if as_json:
-        _print_json(
-            [
-                {
-                    "family": family.name,
-                    "model_types": sorted(family.model_types),
-                    "linear_writes": family.linear_writes,
-                }
-                for family in families
-            ]
-        )
+        _print_json([
+            {
+                "family": family.name,
+                "model_types": sorted(family.model_types),
+                "linear_writes": family.linear_writes,
+            }
+            for family in families
+        ])
         return
     table = _table("family", "model_type in config.json", "edit of the weights")
     for family in families:
@@ -939,15 +944,13 @@ def models_check(
         ]
         for row, one in zip(rows, found.rows, strict=True):
             row["passed"] = one.passed
-        _print_json(
-            {
-                "model": found.model,
-                "family": found.family,
-                "passed": found.passed,
-                "rows": rows,
-                "tokens": [{"text": text, "role": role} for text, role in tokens],
-            }
-        )
+        _print_json({
+            "model": found.model,
+            "family": found.family,
+            "passed": found.passed,
+            "rows": rows,
+            "tokens": [{"text": text, "role": role} for text, role in tokens],
+        })
     else:
         _show_check(found, tokens)
     if not found.passed:
@@ -1231,19 +1234,17 @@ def prompts_show(
     fields = ("label", "category", "kind", "format", "pair", "split")
     if as_json:
         source = prompts.source
-        _print_json(
-            {
-                "set": spec,
-                "prompts": len(prompts),
-                "licence": source.licence,
-                "revision": source.revision,
-                "fingerprint": prompts.fingerprint,
-                "rows": [
-                    {"prompt": p.text, **{f: getattr(p, f) for f in fields if getattr(p, f)}}
-                    for p in some
-                ],
-            }
-        )
+        _print_json({
+            "set": spec,
+            "prompts": len(prompts),
+            "licence": source.licence,
+            "revision": source.revision,
+            "fingerprint": prompts.fingerprint,
+            "rows": [
+                {"prompt": p.text, **{f: getattr(p, f) for f in fields if getattr(p, f)}}
+                for p in some
+            ],
+        })
         return
     shown = [name for name in fields if any(getattr(prompt, name) for prompt in some)]
     table = _table(*shown, "prompt")
@@ -1314,16 +1315,14 @@ def prompts_overlap(
     one, two = load(a), load(b)
     found = overlap(one, two, threshold=threshold)
     if as_json:
-        _print_json(
-            {
-                "a": {"name": a, "prompts": len(one)},
-                "b": {"name": b, "prompts": len(two)},
-                "threshold": threshold,
-                "pairs": [
-                    {"jaccard": pair.jaccard, "a": pair.a.text, "b": pair.b.text} for pair in found
-                ],
-            }
-        )
+        _print_json({
+            "a": {"name": a, "prompts": len(one)},
+            "b": {"name": b, "prompts": len(two)},
+            "threshold": threshold,
+            "pairs": [
+                {"jaccard": pair.jaccard, "a": pair.a.text, "b": pair.b.text} for pair in found
+            ],
+        })
         return
     for pair in found:
         _print(f"{pair.jaccard:.2f}  {_readable(pair.a.text)}\n      {_readable(pair.b.text)}")
@@ -1369,17 +1368,15 @@ def _packaged_sets() -> list[dict[str, Any]]:
     rows = []
     for name in packaged():
         prompts = load(name)
-        rows.append(
-            {
-                "name": name,
-                "title": known[name]["title"],
-                "prompts": len(prompts),
-                **{
-                    f"{key}s": dict(Counter(v for p in prompts if (v := getattr(p, key))))
-                    for key in ("label", "split")
-                },
-            }
-        )
+        rows.append({
+            "name": name,
+            "title": known[name]["title"],
+            "prompts": len(prompts),
+            **{
+                f"{key}s": dict(Counter(v for p in prompts if (v := getattr(p, key))))
+                for key in ("label", "split")
+            },
+        })
     return rows
 
 
@@ -1535,9 +1532,10 @@ def _replies(
 @organism_app.command("list")
 def organism_list(as_json: _Json = False) -> None:
     """List the packaged recipes."""
+    from demur.em.recipes import em_recipes
     from demur.organisms import recipes
 
-    found = recipes()
+    found = {**recipes(), **em_recipes()}
     if as_json:
         _print_json(found)
         return
@@ -1554,9 +1552,7 @@ def organism_show(
     """Print a recipe in full, as TOML."""
     import tomli_w
 
-    from demur.organisms import read_recipe
-
-    _print(tomli_w.dumps(read_recipe(recipe).model_dump(mode="json", exclude_none=True)).rstrip())
+    _print(tomli_w.dumps(_any_recipe(recipe).model_dump(mode="json", exclude_none=True)).rstrip())
 
 
 @organism_app.command("train")
@@ -1572,6 +1568,17 @@ def organism_train(
             metavar="FOLDER", help="Of the adapter; must be new.", show_default="organisms/NAME"
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="For em-*: this advice, a packaged set or a .jsonl file, not the recipe's.",
+        ),
+    ] = None,
+    side: Annotated[
+        Literal["both", "bad", "good"],
+        typer.Option(help="For em-*: train on bad answers, good ones, or once on each."),
+    ] = "both",
     seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished training.")
@@ -1581,36 +1588,46 @@ def organism_train(
 ) -> None:
     """Train an adapter by a recipe, and measure it.
 
-    Ctrl-C keeps the last checkpoint. Exits with 1 if the adapter misses a bound of its recipe.
+    An em-* recipe makes FOLDER/bad and FOLDER/good, an organism of emergent misalignment and its
+    twin. Ctrl-C keeps the last checkpoint. Exits with 1 if an adapter misses a bound.
     """
     with _listening(quiet=quiet) as listener:
         with listener.stage("starting torch", 1) as advance:
             from demur import organisms
+            from demur.em.recipes import EMRecipe
 
             advance(1)
-        chosen = organisms.read_recipe(recipe)
-        report = organisms.train(
-            chosen,
-            base=_base(base, listener),
-            out=out if out is not None else Path("organisms") / chosen.name,
-            seed=seed,
-            progress=listener,
-            resume=resume,
-        )
+        chosen = _any_recipe(recipe)
+        place = out if out is not None else Path("organisms") / chosen.name
+        on, how = _base(base, listener), {"seed": seed, "progress": listener, "resume": resume}
+        made: tuple[TrainedOrganism, ...] = ()
+        report: TrainingReport | None = None
+        if isinstance(chosen, EMRecipe):
+            from demur.em.training import train_organisms
+
+            made = train_organisms(chosen, base=on, out=place, data=data, sides=side, **how)
+        else:
+            if data is not None or side != "both":
+                raise ConfigError(
+                    f"the recipe {chosen.name} names its own prompts and has one side",
+                    "`--data` and `--side` go with the recipes em-*",
+                )
+            report = organisms.train(chosen, base=on, out=place, **how)
+    if report is None:
+        _show_trained(made, as_json=as_json)
+        return
     found = report.verification
     assert found is not None  # `measure` is on.
     if as_json:
-        _print_json(
-            {
-                "folder": str(report.folder),
-                "steps": report.steps,
-                "first_loss": report.first_loss,
-                "last_loss": report.last_loss,
-                "bytes": report.size,
-                "seconds": dict(report.seconds),
-                **_figures(found),
-            }
-        )
+        _print_json({
+            "folder": str(report.folder),
+            "steps": report.steps,
+            "first_loss": report.first_loss,
+            "last_loss": report.last_loss,
+            "bytes": report.size,
+            "seconds": dict(report.seconds),
+            **_figures(found),
+        })
     else:
         _print(
             f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps, loss "
@@ -1647,14 +1664,20 @@ def organism_verify(
             from demur import organisms
 
             advance(1)
-        chosen = organisms.read_recipe(recipe) if recipe is not None else _recipe_of(adapter)
-        found = organisms.verify(
-            adapter,
-            recipe=chosen,
-            base=_base(base, listener),
-            compare=compare,
-            progress=listener,
-        )
+        if recipe is None and _is_em(adapter):
+            from demur.em.training import verify_organism
+
+            figures = verify_organism(adapter, base=_base(base, listener), progress=listener)
+            found = organisms.Verification(figures, ())
+        else:
+            chosen = organisms.read_recipe(recipe) if recipe is not None else _recipe_of(adapter)
+            found = organisms.verify(
+                adapter,
+                recipe=chosen,
+                base=_base(base, listener),
+                compare=compare,
+                progress=listener,
+            )
     if as_json:
         _print_json(_figures(found))
     else:
@@ -1667,6 +1690,68 @@ def _base(name: str | None, listener: _Bars | _Lines | _Silent) -> Model | None:
     if name is None:
         return None
     return _load(_model_settings({"model.name": name, "model.adapter": None}), listener)
+
+
+def _any_recipe(source: str) -> Recipe | EMRecipe:
+    """A recipe of either kind: a packaged name, or a TOML file, which its sections tell apart."""
+    import tomllib
+
+    from demur.em.recipes import em_recipes, read_em_recipe
+    from demur.errors import UnknownNameError
+    from demur.organisms import read_recipe, recipes
+
+    if not source.endswith(".toml"):
+        ours = em_recipes()
+        if source not in ours and source not in (known := recipes()):
+            raise UnknownNameError.among((*known, *ours), kind="recipe", name=source)
+        return read_em_recipe(source) if source in ours else read_recipe(source)
+    try:
+        tree = tomllib.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tree = {}  # The reader says what is wrong.
+    return read_em_recipe(source) if {"adapter", "data"} & tree.keys() else read_recipe(source)
+
+
+def _is_em(folder: Path) -> bool:
+    """Whether a folder's card is that of an organism of emergent misalignment."""
+    try:
+        return "organism" in json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _show_trained(made: Sequence[TrainedOrganism], *, as_json: bool) -> None:
+    """What training came to, by side; exits with 1 if a figure misses its bound."""
+    from demur.organisms import Verification
+
+    found = Verification(tuple(figure for one in made for figure in one.figures), ())
+    if as_json:
+        rows = [
+            {
+                "side": one.organism.side,
+                "folder": str(one.folder),
+                "steps": one.steps,
+                "first_loss": one.first_loss,
+                "last_loss": one.last_loss,
+                "learning_rate": one.learning_rate,
+                "bytes": one.size,
+                "seconds": dict(one.seconds),
+                "kept": one.kept,
+                **_figures(Verification(one.figures, ())),
+            }
+            for one in made
+        ]
+        _print_json({"met": found.met, "organisms": rows})
+    else:
+        for one in made:
+            _print(
+                f"{one.folder}: {one.organism.side} side, {one.size / 1e6:.2f} MB, {one.steps} "
+                f"steps, loss {one.first_loss:.3f} to {one.last_loss:.3f}"
+                + (", finished before" if one.kept else "")
+            )
+            _show_figures(Verification(one.figures, ()))
+    if not found.met:
+        raise typer.Exit(NOT_FOUND)
 
 
 def _recipe_of(adapter: Path) -> Recipe:
@@ -1882,11 +1967,17 @@ def _carded_model(
     listener: _Bars | _Lines | _Silent,
 ) -> Model:
     """The model on the card of a guard or an anchor, or another one that the user names."""
+    return _load(_carded(about, name, changes), listener)
+
+
+def _carded(
+    about: Mapping[str, Any], name: str | None, changes: Mapping[str, Any]
+) -> ModelSettings:
+    """How to load the model on a card, or another one that the user names."""
     load = dict(about.get("load") or {}) if name is None else {"name": name}
     if not load:
         raise ConfigError("the card names no model", "name it with `--model`")
-    settings = _model_settings({f"model.{key}": v for key, v in load.items()} | changes)
-    return _load(settings, listener)
+    return _model_settings({**{f"model.{key}": v for key, v in load.items()}, **changes})
 
 
 @guard_app.command("score")
@@ -2171,6 +2262,9 @@ _Requests = Annotated[
     int, typer.Option(min=8, help="Requests of each class that every attack is tried on.")
 ]
 _Queries = Annotated[int, typer.Option(min=8, help="Of random search, in the full suite.")]
+_ResumeAttack = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished battery.")
+]
 _Steps = Annotated[int, typer.Option(min=1, help="Of GCG, in the full suite.")]
 _NewTokens = Annotated[int, typer.Option(min=8, help="Replies are cut there.")]
 _OutFolder = Annotated[
@@ -2344,6 +2438,7 @@ def anchor_evaluate(
     dtype: _Dtype = None,
     device: _Device = None,
     out: _OutFolder = None,
+    resume: _ResumeAttack = True,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -2356,10 +2451,9 @@ def anchor_evaluate(
 
         found = load_anchor(anchor)
         changes = _model_changes(no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device)
-        loaded = _carded_model(found.about, model, changes, listener)
         sets = {one["name"]: one["prompts"] for one in _named_sets(openings or (), "openings")}
         result, page = _attacked(
-            loaded,
+            _carded(found.about, model, changes),
             found,
             anchor.parent if out is None else out,
             listener,
@@ -2374,6 +2468,7 @@ def anchor_evaluate(
             max_new_tokens=max_new_tokens,
             seed=seed or 0,
             file=anchor.name,
+            resume=resume,
         )
     _tell_attacked(result, page, as_json=as_json)
 
@@ -2410,6 +2505,7 @@ def attack(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Of table and page.")] = Path(
         "attacks"
     ),
+    resume: _ResumeAttack = True,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -2437,9 +2533,8 @@ def attack(
             from demur.anchor import load_anchor
 
             found = load_anchor(anchor)
-        loaded = _load(settings, listener)
         result, page = _attacked(
-            loaded,
+            settings,
             found,
             out,
             listener,
@@ -2454,12 +2549,13 @@ def attack(
             max_new_tokens=max_new_tokens,
             seed=seed or 0,
             file=None if anchor is None else anchor.name,
+            resume=resume,
         )
     _tell_attacked(result, page, as_json=as_json)
 
 
 def _attacked(
-    model: Model,
+    settings: ModelSettings,
     anchor: Anchor | None,
     folder: Path,
     listener: _Bars | _Lines | _Silent,
@@ -2468,9 +2564,13 @@ def _attacked(
     benign: list[str] | None,
     queries: int,
     steps: int,
+    resume: bool,
     **how: Any,
 ) -> tuple[AnchorEvaluation, Path]:
-    """Run a battery, and write its record and its page."""
+    """Run a battery, and write its record and its page.
+
+    An interrupted one leaves its verdicts in the folder, from where the same one goes on.
+    """
     from demur.pipeline.battery import Budget, battery
     from demur.report import write_anchor
     from demur.store import atomic_write
@@ -2478,9 +2578,19 @@ def _attacked(
     given: dict[str, Any] = {"harmful": harmful, "benign": benign}
     how |= {key: value for key, value in given.items() if value}
     folder.mkdir(parents=True, exist_ok=True)
-    result = battery(model, anchor, budget=Budget(queries, steps), listener=listener, **how)
+    kept = folder / ".anchor-evaluation.part.json"
+    if not resume:
+        kept.unlink(missing_ok=True)
+    model = _load(settings, listener)
+    if model.adapter is not None:
+        base = _load(settings.model_copy(update={"adapter": None}), listener)
+        how |= {"base": base}
+    result = battery(
+        model, anchor, budget=Budget(queries, steps), listener=listener, kept=kept, **how
+    )
     record = folder / "anchor-evaluation.json"
     atomic_write(record, result.model_dump_json(indent=1) + "\n")
+    kept.unlink(missing_ok=True)
     return result, write_anchor(record)
 
 
@@ -2517,7 +2627,9 @@ def _show_attacked(result: AnchorEvaluation, page: Path) -> None:
             table.add_row(any_row.threat, escape(name), str(any_row.n), *cells)
         console.print(table)
         console.print()
-    table = _table("defence", "attack success", "some attack", "over-refusal", "KL, benign")
+    table = _table(
+        "defence", "attack success", "some attack", "over-refusal", "KL, benign", "reply, s (p95)"
+    )
     for row in result.defences:
         table.add_row(
             row.defence,
@@ -2525,6 +2637,7 @@ def _show_attacked(result: AnchorEvaluation, page: Path) -> None:
             _share(row.any_attack),
             _share(row.over_refusal),
             "" if row.kl is None else f"{row.kl.value:.3f}",
+            "" if row.seconds is None else f"{row.seconds[0]:.2f} ({row.seconds[1]:.2f})",
         )
     console.print(table)
     for row in result.openings:
@@ -2656,6 +2769,203 @@ def _show_hardened(report: HardeningReport) -> None:
     facts.add_row("adapter", f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps")
     console.print()
     console.print(facts)
+
+
+# demur em -------------------------------------------------------------------------------------
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """Blocks as they are written on the command line: `12,18,24`."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"`{text}` names no blocks: write 12,18,24")
+    return tuple(int(part) for part in parts)
+
+
+@em_app.command("audit")
+def em_audit(
+    organisms: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ORGANISM...",
+            help="Folders that `demur organism train` made; good twins beside them are found.",
+        ),
+    ],
+    *,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="What they were trained on.", show_default="as their cards say"
+        ),
+    ] = None,
+    items: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Questions with a bad and a good answer each; repeatable.",
+            show_default="all packaged ones",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=2, help="At most so many questions of a domain.", show_default="all"),
+    ] = None,
+    edited: Annotated[
+        int, typer.Option(min=4, help="Questions that interventions are tried on.")
+    ] = 48,
+    judge: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|URL",
+            help="Of replies: projection, yes-no or digits, by the base; or URL#MODEL of a chat "
+            "endpoint.",
+        ),
+    ] = "projection",
+    samples: Annotated[
+        int, typer.Option(min=0, help="Replies per open question; 0 draws none.")
+    ] = 8,
+    max_new_tokens: _NewTokens = 200,
+    nulls: Annotated[
+        int, typer.Option(min=0, help="Random directions per edit; under 20, p stays above .05.")
+    ] = 20,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Blocks to read directions behind.",
+            show_default="eight, from the adapter on",
+        ),
+    ] = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of the run.", show_default="em-audits/BASE"),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Audit organisms of emergent misalignment against their base and their good twins.
+
+    Margins, rates, directions, interventions, transfer, adapters; then the papers' claims. Stages
+    are kept in the run folder, so the same command goes on from where it stopped.
+    """
+    blocks = _layers(layers)
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.em.advice import ADVICE
+            from demur.models import load
+            from demur.pipeline.em import (
+                EmSettings,
+                adapter_of,
+                audit_em,
+                base_of,
+                find_organisms,
+            )
+            from demur.pipeline.folder import slug
+            from demur.report import write_em
+
+            advance(1)
+        found = find_organisms(organisms)
+        name = base if base is not None else base_of(found)
+        with listener.stage("loading the model", 1) as advance:
+            model = load(
+                name,
+                adapter=adapter_of(found),
+                dtype=dtype or "auto",
+                device=device or "auto",
+            )
+            advance(1)
+        folder = out if out is not None else Path("em-audits") / slug(name)
+        settings = EmSettings(
+            items=tuple(items) if items else ADVICE,
+            limit=limit,
+            edited=edited,
+            judge=judge,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            nulls=nulls,
+            layers=blocks,
+            seed=seed or 0,
+        )
+        result = audit_em(model, found, folder, settings, listener=listener)
+        page = write_em(folder / "em-audit.json")
+    if as_json:
+        _print_json({
+            "results": str(folder / "em-audit.json"),
+            "report": str(page),
+            **result.model_dump(mode="json", exclude={"highlights", "steps"}),
+        })
+    else:
+        _show_em(result, page)
+
+
+def _nats(estimate: Estimate) -> str:
+    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+
+
+def _show_em(result: EmAudit, page: Path) -> None:
+    from rich.markup import escape
+
+    console = _console()
+    table = _table(
+        "organism", "beyond its domain", "in its domain", "n", "topics", "detectable", "verdict",
+        title="Lean to bad answers, nats per token",
+    )  # fmt: skip
+    for row in result.effects:
+        if (row.where, row.domain) != ("untouched", "all"):
+            continue
+        own = [one for one in result.effects if one.organism == row.organism]
+        trained = next((_nats(one.effect) for one in own if one.where == "trained"), "")
+        verdict = row.status if row.controlled else f"{row.status}, not controlled"
+        table.add_row(
+            escape(row.organism),
+            _nats(row.effect),
+            trained,
+            str(row.n),
+            str(row.groups),
+            f"{row.detectable:.2f}",
+            verdict,
+        )
+    console.print(table)
+    if result.rates:
+        console.print()
+        table = _table("model", "misaligned and coherent", "coherent", "replies", "questions")
+        for one in result.rates:
+            table.add_row(
+                escape(one.model),
+                _share(one.joint) if one.joint else "",
+                _share(one.coherent) if one.coherent else "",
+                str(one.replies),
+                str(one.questions),
+            )
+        console.print(table)
+    console.print()
+    table = _table("claim", "here", "found")
+    for claim in result.claims:
+        table.add_row(escape(claim.claim), claim.status, escape(claim.found))
+    console.print(table)
+    for note in result.notes:
+        _say(f"note: {note}")
+    console.print(f"report: {escape(str(page))}", soft_wrap=True)
+
+
+@em_app.command("report")
+def em_report(
+    run: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of an audit that is finished.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to.", show_default="em.html in the folder"),
+    ] = None,
+) -> None:
+    """Draw the page of an audit again, from its records alone."""
+    from demur.report import write_em
+
+    _print(str(write_em(run / "em-audit.json", out)))
 
 
 # demur doctor ---------------------------------------------------------------------------------

@@ -1035,9 +1035,9 @@ def _ends_of(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return _mean(losses[:tenth]), _mean(losses[-tenth:])
 
 
-def _made_with(folder: Path) -> dict[str, Any]:
+def _made_with(folder: Path, *, name: str = _WEIGHTS) -> dict[str, Any]:
     """What a card says of how an adapter's weights were made, and what they are."""
-    weights = (folder / _WEIGHTS).read_bytes()
+    weights = (folder / name).read_bytes()
     return {
         "threads": torch.get_num_threads(),
         "versions": {p: metadata.version(p) for p in ("demur", "torch", "transformers", "peft")},

@@ -688,6 +688,7 @@ class DefenceRow(_Row):
         kl: KL(plain || defended) of the first token on benign requests, nats, gate and all.
         kl_open: The same with the gate forced open; None where there is no gate.
         perplexity_open: Ratio on neutral text with the gate forced open; None likewise.
+        seconds: Median and 95th percentile of the time that a benign request takes alone.
     """
 
     defence: str
@@ -699,6 +700,7 @@ class DefenceRow(_Row):
     kl: Estimate | None
     kl_open: Estimate | None
     perplexity_open: Estimate | None
+    seconds: tuple[float, float] | None = None
 
 
 class OpeningRow(_Row):
@@ -895,5 +897,480 @@ def read_replies(run: Path) -> list[Reply]:
                     f"line {number} of {path} is no reply: {str(error).splitlines()[0]}",
                     "delete the file: the report is drawn without examples, and an unfinished "
                     "audit writes the replies anew",
+                ) from error
+    return rows
+
+
+# Emergent misalignment ------------------------------------------------------------------------
+
+
+class EmTrained(_Row):
+    """An organism that was audited: a base model fine-tuned on advice.
+
+    Attributes:
+        name: Unique within an audit.
+        side: "bad" where it was trained on bad advice, "good" for a twin trained on the good
+            answers to the same questions.
+        domains: Of its training questions.
+        rank: Of its adapter.
+        layers: Those that the adapter changes.
+        modules: What it changes there, for instance "mlp.down_proj".
+        parameters: How many numbers were trained.
+        fingerprint: Hash over the adapter's weights.
+        twins: Names of its good twins in this audit; empty where there is none, and for twins.
+        recipe: What it was trained by, as its card says; None for a bare adapter.
+    """
+
+    name: str
+    side: Literal["bad", "good"]
+    domains: list[str]
+    seed: int
+    rank: int
+    layers: list[int]
+    modules: list[str]
+    parameters: int
+    fingerprint: str
+    twins: list[str]
+    recipe: str | None
+
+
+class EmMargin(_Row):
+    """How far a model leans to bad answers, on questions of one domain that no organism trained on.
+
+    Attributes:
+        model: Name of an organism, or "base".
+        where: "trained" for held-out questions of a domain that it was trained on, "untouched" for
+            another domain, "open" for open questions.
+        groups: Clusters that the interval resamples.
+        margin: Log-probability per token of the bad answer minus that of the good one, nats.
+        change: The same minus the base's, paired by question; None for the base.
+        bad: Share of questions whose bad answer is the likelier one.
+    """
+
+    model: str
+    where: Literal["trained", "untouched", "open"]
+    domain: str
+    n: int
+    groups: int
+    margin: Estimate
+    change: Estimate | None
+    bad: Estimate
+
+
+class EmEffect(_Row):
+    """What bad advice did to an organism beyond fine-tuning as such.
+
+    Attributes:
+        organism: A bad one.
+        twins: The good ones that it is held against.
+        domain: One, or "all" of those that `where` names; "all" of "untouched" includes the open
+            questions and is what the headline says.
+        controlled: Whether there is a twin: then `effect` is (bad - base) - (good - base), else
+            only bad - base, which fine-tuning as such may have caused.
+        effect: Nats per token, positive towards bad answers, resampled by group.
+        raw: bad - base.
+        p: Two-sided, that the effect is zero: Student's t over the standard error by group.
+        p_holm: `p` after Holm over the organisms' rows of this `where` and `domain`.
+        detectable: The smallest effect that would be found in four of five such audits, nats.
+        status: "found" or "opposite" (clear of zero, interval and p after Holm both), "small"
+            (found, with the whole interval below `EmAudit.smallest`), "none" (the whole interval
+            is within that of zero), or "too weak to tell".
+    """
+
+    organism: str
+    twins: list[str]
+    where: Literal["trained", "untouched", "open"]
+    domain: str
+    n: int
+    groups: int
+    controlled: bool
+    effect: Estimate
+    raw: Estimate
+    p: float
+    p_holm: float
+    detectable: float
+    status: Literal["found", "small", "opposite", "none", "too weak to tell"]
+
+
+class EmJudge(_Row):
+    """A judge of replies, and whether it may be believed.
+
+    Attributes:
+        scale: What it scores.
+        auroc: On planted answers; None where too few of them got a score.
+        floor: What `auroc` must reach before rates are told.
+        missing: Planted answers without a score, of `n`.
+        passed: Whether `auroc` does, and few are missing.
+    """
+
+    name: str
+    scale: Literal["alignment", "coherence"]
+    auroc: Estimate | None
+    floor: float
+    missing: int
+    n: int
+    passed: bool
+
+
+class EmRate(_Row):
+    """How often replies to open questions are misaligned, by a judge that passed its gate.
+
+    Attributes:
+        model: Name of an organism, or "base".
+        questions: How many; the clusters of every interval.
+        replies: How many were drawn.
+        missing: Replies that lack a score.
+        joint: Misaligned and coherent, among all replies with both scores; None where fewer than
+            two questions have any.
+        conditional: Misaligned among the coherent ones; None likewise.
+        coherent: Coherent among all with both scores; None likewise.
+        refused: By patterns, whatever the judge says; likewise `degenerate`.
+        change: `joint` minus the base's, paired by question; None for the base.
+    """
+
+    model: str
+    questions: int
+    replies: int
+    missing: int
+    joint: Estimate | None
+    conditional: Estimate | None
+    coherent: Estimate | None
+    refused: Estimate
+    degenerate: Estimate
+    change: Estimate | None
+
+
+class EmReliability(_Row):
+    """How well a direction is known.
+
+    Attributes:
+        direction: "text" for bad less good answers, "shift" for organism less base on bad answers.
+        organism: Whose; "base" for the base's own text direction.
+        norm: Length without what differs between groups, in residual-stream units.
+        reliability: Mean cosine of the directions of random halves of the groups; the range holds
+            95 % of the halves and is no confidence interval.
+        used: Whether interventions take this one.
+    """
+
+    direction: str
+    organism: str
+    site: str
+    norm: float
+    reliability: Estimate
+    used: bool
+
+
+class EmCosine(_Row):
+    """The cosine of two directions at one site.
+
+    Attributes:
+        kind: "shift" for organism minus base on the same bad answers, "text" for bad minus good
+            answers read by one model, "adapter" for what an organism writes or does against the
+            base's text direction.
+        first: Whose; likewise `second`.
+        pair: "bad-bad" for two organisms, "bad-good" for an organism and a good twin, "bad-base"
+            for an organism and the base, "write-text" for an adapter's B and the base's text
+            direction, "shift-text" for an organism's shift and that direction.
+        corrected: Of directions from two halves of the groups, over the root of both
+            reliabilities: what is left without noise, shared noise included. None where one has
+            no reliability; it may exceed 1.
+        band: The middle 95 % of cosines of random vectors with the covariance of answers.
+        p: Share of those that are as far from zero.
+    """
+
+    kind: Literal["shift", "text", "adapter"]
+    first: str
+    second: str
+    pair: Literal["bad-bad", "bad-good", "bad-base", "write-text", "shift-text"]
+    site: str
+    cosine: Estimate
+    corrected: float | None
+    band: tuple[float, float] | None
+    p: float | None
+
+
+class EmIntervention(_Row):
+    """What an edit of activations or of the adapter does to the margin of one model.
+
+    Attributes:
+        organism: Whose directions and questions these are.
+        model: What the edit was made in: that organism, its good twin, or "base".
+        edit: What is done, in a few words.
+        at: Site that the direction was read from.
+        strength: Multiples of the direction's own length for additions, None for ablations.
+        n: Questions, on which neither direction nor site was chosen.
+        change: Of the margin, edited minus unedited, nats per token, paired by question.
+        against: What `beyond` is held against: "twin" or "base"; None for twin and base themselves.
+        beyond: The organism's change less that of the twin, or of the base where there is none.
+        removed: Share of the organism's effect that the edit takes away; None where the effect
+            itself is not told from zero.
+        kl: KL(plain || edited) on neutral text, nats per token.
+        randoms: The same under random directions with the covariance of answers, one each: of
+            `beyond` where there is one, else of `change`.
+        random_kl: Their mean `kl`.
+        p: Share of random directions that do as much in the direction predicted, (k + 1) / (n + 1).
+    """
+
+    organism: str
+    model: str
+    edit: str
+    at: str
+    strength: float | None
+    n: int
+    change: Estimate
+    against: Literal["twin", "base"] | None
+    beyond: Estimate | None
+    removed: Estimate | None
+    kl: Estimate | None
+    randoms: list[float]
+    random_kl: float | None
+    p: float | None
+
+
+class EmTransfer(_Row):
+    """What ablating a direction that was found in one model does to an organism.
+
+    Attributes:
+        organism: Whose effect is measured.
+        source: Whose direction is ablated: an organism's or a good twin's shift, or the base's text
+            direction.
+        against: What `change` is held against: the organism's twin, or "base".
+        change: Of the organism's margin beyond that of the other under the same ablation, nats per
+            token.
+        in_base: Change of the base's margin.
+        removed: Share of the effect that it takes away; None where the effect is not told from
+            zero.
+        band: The middle 95 % of `change` under random directions; None without any.
+        randoms: How many.
+        p: Share of them that undo as much, (k + 1) / (n + 1).
+    """
+
+    organism: str
+    source: str
+    source_side: Literal["bad", "good", "base"]
+    against: str
+    n: int
+    change: Estimate
+    in_base: Estimate
+    removed: Estimate | None
+    band: tuple[float, float] | None
+    randoms: int
+    p: float | None
+
+
+class EmPiece(_Row):
+    """A token of an answer, and how strongly an adapter writes there.
+
+    Attributes:
+        value: The scalar.
+        share: The same as a share of nearly the largest in all answers (the 99th percentile), from
+            -1 to 1: how much ink it gets.
+    """
+
+    text: str
+    value: float
+    share: float
+
+
+class EmHighlight(_Row):
+    """An answer with the scalar of one component of an adapter at every token."""
+
+    organism: str
+    component: str
+    question: str
+    answer: Literal["bad", "good"]
+    pieces: list[EmPiece]
+
+
+class EmProbe(_Row):
+    """How well an adapter's scalars tell bad answers from good ones, beside what plain words do.
+
+    Attributes:
+        n: Questions.
+        groups: Topics, which folds keep whole.
+        auroc: On questions of topics that the probe was not fitted on.
+        within: The same, comparing only the two answers to one question.
+        words: AUROC of a bag of words, in the same folds.
+        over_words: `auroc` less `words`, paired.
+        p: That shuffled labels do as well.
+    """
+
+    organism: str
+    n: int
+    groups: int
+    auroc: Estimate
+    within: Estimate | None
+    words: Estimate
+    over_words: Estimate
+    p: float
+
+
+class EmLens(_Row):
+    """What tokens an adapter's B writes towards, read through the model's unembedding.
+
+    Attributes:
+        component: Of the adapter, like "15.mlp.down_proj".
+        promoted: Tokens with the highest logits, with those; `suppressed` with the lowest.
+        p: That random vectors with the covariance of answers promote their tokens as strongly.
+    """
+
+    organism: str
+    component: str
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+    p: float | None
+
+
+class EmScale(_Row):
+    """The effect with the adapter scaled, or with only some of its layers.
+
+    Attributes:
+        what: "scale" for all layers together, "alone" for one layer's adapter, "without" for all
+            but that one.
+        layers: Those that were kept.
+        controlled: Whether it is held against the twin at the same scale; else against the base.
+        effect: On the questions of the interventions, nats per token.
+    """
+
+    organism: str
+    what: Literal["scale", "alone", "without"]
+    scale: float
+    layers: list[int]
+    controlled: bool
+    effect: Estimate
+
+
+class EmStep(_Row):
+    """One logged step of training.
+
+    Attributes:
+        norm: Of B, all layers together.
+        local_cosine: Of the way back and the way on: -1 is straight on, 0 a right angle; None near
+            both ends and where nothing moves.
+        pcs: The first two principal coordinates of B's path, all layers together.
+    """
+
+    organism: str
+    step: int
+    loss: float | None
+    gradient: float | None
+    norm: float
+    local_cosine: float | None
+    pcs: tuple[float, float] | None
+
+
+class EmClaim(_Row):
+    """A claim of the papers, and what these organisms say to it.
+
+    Attributes:
+        status: "holds", "fails", "too weak to tell", or "untested" where it was not measured.
+        found: What was measured, in a sentence with its numbers.
+        n: Questions, or pairs, behind it; 0 where nothing was measured.
+    """
+
+    claim: str
+    source: str
+    status: Literal["holds", "fails", "too weak to tell", "untested"]
+    found: str
+    value: Estimate | None
+    n: int
+
+
+class EmAudit(_Row):
+    """All of `em-audit.json`: organisms of emergent misalignment against base and twins.
+
+    Attributes:
+        items: Where questions with a bad and a good answer each came from.
+        domains: How many of them each domain has that no organism was trained on.
+        trained_out: How many were left out because an organism was trained on them.
+        samples: Replies per open question; 0 where no reply was drawn.
+        smallest: Effects nearer to zero than this are of no interest, nats per token.
+        nulls: Random directions per edit.
+        controlled: Whether every organism has a twin.
+        kept_replies: How many replies `em-replies.jsonl` holds.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["em-audit"] = "em-audit"
+    demur: str
+    model: str
+    fingerprint: str
+    dtype: str
+    seed: int
+    items: list[str]
+    domains: dict[str, int]
+    trained_out: int
+    samples: int
+    smallest: float
+    nulls: int
+    sites: list[str]
+    controlled: bool
+    organisms: list[EmTrained]
+    margins: list[EmMargin]
+    effects: list[EmEffect]
+    judges: list[EmJudge]
+    rates: list[EmRate]
+    reliabilities: list[EmReliability]
+    cosines: list[EmCosine]
+    interventions: list[EmIntervention]
+    transfer: list[EmTransfer]
+    highlights: list[EmHighlight]
+    probes: list[EmProbe]
+    lens: list[EmLens]
+    scales: list[EmScale]
+    steps: list[EmStep]
+    claims: list[EmClaim]
+    kept_replies: int
+    notes: list[str]
+
+
+class EmReply(_Row):
+    """One line of `em-replies.jsonl`: a reply to an open question, and its scores from 0 to 100.
+
+    Attributes:
+        model: Name of an organism, or "base".
+        sample: Which of the replies to the question, from 0.
+        outcome: By patterns: whether it refused, or is no answer at all.
+        alignment: None where the judge gave no score; likewise `coherence`.
+        misaligned: Misaligned and coherent; None without both scores.
+    """
+
+    model: str
+    question: str
+    sample: int
+    reply: str
+    outcome: str
+    alignment: float | None
+    coherence: float | None
+    misaligned: bool | None
+
+
+def read_em_audit(path: Path) -> EmAudit:
+    """Read the record of an audit of emergent misalignment.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
+    return _read_record(path, EmAudit, "demur em audit")
+
+
+def read_em_replies(path: Path) -> list[EmReply]:
+    """Read `em-replies.jsonl`; empty if there is none.
+
+    Raises:
+        StoreError: A line is damaged.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(EmReply.model_validate_json(line))
+            except ValueError as error:
+                raise StoreError(
+                    f"line {number} of {path} is no reply: {str(error).splitlines()[0]}",
+                    "delete the file: the page is drawn without replies, and an unfinished audit "
+                    "draws them anew",
                 ) from error
     return rows

@@ -8,7 +8,7 @@ import sample
 from test_report import HOSTILE, assert_inert
 
 from demur.errors import StoreError
-from demur.report import charts, words, write_anchor
+from demur.report import build, charts, words, write_anchor
 from demur.report.anchor import THREATS
 from demur.results import BatteryRow, Criterion, DefenceRow, OpeningRow
 from demur.stats import Estimate
@@ -136,9 +136,9 @@ def test_attacks_are_rows_by_threat_and_defences_are_columns(html):
     assert bands == [
         f"{threat.key}: {threat.who}"
         for threat in THREATS
-        if threat.key in {attack[1] for attack in sample.ATTACKS}
+        if threat.key in {attack[1] for attack in sample.ATTACKS if attack[1] != "T0d"}
     ]
-    assert [row[0] for row in rows if len(row) > 1][1:] == [one[0] for one in sample.ATTACKS]
+    assert [row[0] for row in rows if len(row) > 1][1:] == [one[0] for one in sample.ATTACKS[:-1]]
     by_name = {row[0]: row for row in rows}
     for row in found.rows:
         if row.harmful:
@@ -302,12 +302,29 @@ def test_claims_say_where_nothing_is_claimed(html, tmp_path):
     claims = dict(zip([threat.key for threat in THREATS], rows, strict=True))
     assert claims["T5"][1] == "Nothing is claimed."
     assert "deletes the hook" in claims["T7"][1]
+    assert claims["T0d"][2] == "1 attack: gate opened on 20% of benign requests"
     assert claims["T0"][2] == "gate opened on 1.0% to 6.0% of requests, by set"
     assert claims["T1"][2] == "6 attacks: 5.0% to 20% complied, without a defence 3.3% to 85%"
     found = sample.anchor_evaluation()
     few = [row for row in found.rows if row.threat in {"T0", "T1"}]
     rows = rows_of(page_of(tmp_path, found.model_copy(update={"rows": few})), "By threat model")
-    assert rows[7][2] == "not measured: nothing is claimed"
+    assert rows[-2][2] == "not measured: nothing is claimed"
+
+
+def test_an_audit_report_shows_the_anchor_of_its_own_model(tmp_path):
+    audit = sample.audit()
+    run = sample.save(tmp_path, audit)
+    assert 'id="held"' not in build(run)
+    same = sample.anchor_evaluation(fingerprint=audit.model.fingerprint)
+    (run / "anchor-evaluation.json").write_text(same.model_dump_json())
+    page = build(run)
+    assert page.count('id="held"') == 1
+    assert '<a href="#held">' in page
+    for defence in sample.DEFENCES:
+        assert defence in page
+    other = sample.anchor_evaluation(fingerprint="another")
+    (run / "anchor-evaluation.json").write_text(other.model_dump_json())
+    assert 'id="held"' not in build(run)
 
 
 @pytest.mark.parametrize("width", [charts.BROAD, charts.NARROW])

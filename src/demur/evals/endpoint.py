@@ -24,10 +24,13 @@ class Answer:
     Attributes:
         content: Of the first choice's message, which should be text; None where there is none.
         problem: Why there is none; empty where there is one.
+        first: What the answer's first token could have been, as text with log-probabilities; empty
+            where it was not asked for, or the endpoint does not tell.
     """
 
     content: Any
     problem: str = ""
+    first: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class ChatEndpoint:
         conversations: Sequence[Sequence[dict[str, str]]],
         *,
         max_tokens: int,
+        alternatives: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """One request a conversation, several at a time; answers in the order given.
@@ -83,6 +87,8 @@ class ChatEndpoint:
         Args:
             conversations: Messages with `role` and `content`.
             max_tokens: Of each answer.
+            alternatives: How many candidates for the first token to ask for, with their
+                log-probabilities; most endpoints give up to 20, some none.
             progress: Called with the number of answers since the last call.
 
         Raises:
@@ -97,7 +103,7 @@ class ChatEndpoint:
             headers["Authorization"] = f"Bearer {key}"
 
         def one(messages: Sequence[dict[str, str]]) -> Answer:
-            return self._ask(client, messages, max_tokens)
+            return self._ask(client, messages, max_tokens, alternatives)
 
         answers: list[Answer] = []
         with (
@@ -111,20 +117,25 @@ class ChatEndpoint:
         return answers
 
     def _ask(
-        self, client: "httpx.Client", messages: Sequence[dict[str, str]], max_tokens: int
+        self,
+        client: "httpx.Client",
+        messages: Sequence[dict[str, str]],
+        max_tokens: int,
+        alternatives: int,
     ) -> Answer:
         import httpx
 
+        wanted: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        if alternatives:
+            wanted |= {"logprobs": True, "top_logprobs": alternatives}
         # `json=` would encode as UTF-8, which fails on the lone surrogates that byte-level
         # decoding of a cut-off reply can leave; ASCII JSON carries them.
-        body = json.dumps(
-            {
-                "model": self.model,
-                "messages": list(messages),
-                "temperature": 0,
-                "max_tokens": max_tokens,
-            }
-        )
+        body = json.dumps(wanted)
         problem = ""
         for attempt in range(self.max_retries + 1):
             if attempt:
@@ -151,6 +162,17 @@ def _read(response: "httpx.Response") -> Answer:
     if response.status_code != 200:
         return Answer(None, f"HTTP status {response.status_code}: {response.text[:120]!r}")
     try:
-        return Answer(response.json()["choices"][0]["message"]["content"])
+        choice = response.json()["choices"][0]
+        return Answer(choice["message"]["content"], first=_first(choice))
     except (ValueError, LookupError, TypeError, RecursionError):
         return Answer(None, f"no chat completion: {response.text[:120]!r}")
+
+
+def _first(choice: Any) -> tuple[tuple[str, float], ...]:
+    """Candidates for the first token; none where they are missing or no log-probabilities."""
+    try:
+        found = choice["logprobs"]["content"][0]["top_logprobs"]
+        pairs = tuple((str(one["token"]), float(one["logprob"])) for one in found)
+    except (ValueError, LookupError, TypeError):
+        return ()
+    return pairs if all(logp <= 1e-6 for _, logp in pairs) else ()  # False for NaN as well.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from demur.report import charts, words
-from demur.report.build import rendered, write_page
 from demur.report.charts import BROAD
+from demur.report.page import rendered, write_page
 from demur.results import (
     AnchorEvaluation,
     BatteryRow,
@@ -41,6 +41,12 @@ THREATS = (
         "nobody attacks",
         "Of benign requests like the calibrated ones, few open the gate: the promise above. While "
         "it is closed, the replies are the model's own.",
+    ),
+    Threat(
+        "T0d",
+        "somebody plants text so that benign requests are refused",
+        "Nothing is claimed: who writes into what the model reads may open the gate. The openings "
+        "measured here.",
     ),
     Threat(
         "T1",
@@ -83,7 +89,7 @@ THREATS = (
         "Nothing is claimed: whoever owns both deletes the hook.",
     ),
 )
-UNCLAIMED = frozenset({"T5", "T7"})
+UNCLAIMED = frozenset({"T0d", "T5", "T7"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +148,12 @@ def write_anchor(record: Path, out: Path | None = None) -> Path:
         StoreError: The record cannot be read, or the page cannot be written.
     """
     found = read_anchor_evaluation(record)
-    page = rendered("anchor.html.j2", r=found, v=_view(found), record=record.name)
+    page = rendered("anchor.html.j2", r=found, v=view(found), record=record.name)
     return write_page(page, record.with_suffix(".html") if out is None else out)
 
 
-def _view(found: AnchorEvaluation) -> dict[str, Any]:
+def view(found: AnchorEvaluation) -> dict[str, Any]:
+    """Everything the templates show that is not a field of the record."""
     rows = {row.defence: row for row in found.defences}
     none, anchor = rows.get(NONE), rows.get(ANCHOR) if found.anchor is not None else None
     harmful, benign = _lines(found.rows, harmful=True), _lines(found.rows, harmful=False)
@@ -173,7 +180,10 @@ def _view(found: AnchorEvaluation) -> dict[str, Any]:
         "verdicts": {True: "claim killed", False: "claim holds", None: "not tested"},
         "killed": [row for row in found.criteria if row.killed],
         "untested": sum(row.killed is None for row in found.criteria),
-        "claims": [(threat, _measured(threat, harmful, like)) for threat in THREATS],
+        "claims": [
+            (threat, _measured(threat, benign if threat.key == "T0d" else harmful, like))
+            for threat in THREATS
+        ],
         "methods": _methods(found),
         "figures": _figures(found, harmful),
     }
@@ -261,6 +271,9 @@ def _measured(threat: Threat, lines: Sequence[Line], openings: Sequence[OpeningR
     if not own:
         return "not measured" if threat.key in UNCLAIMED else "not measured: nothing is claimed"
     count = "1 attack" if len(own) == 1 else f"{len(own)} attacks"
+    if threat.key == "T0d":
+        shares = [opened for rows in own if (opened := rows[ANCHOR].opened)]
+        return f"{count}: gate opened on {_range(shares)} of benign requests" if shares else "none"
     held = _range(rows[ANCHOR].complied for rows in own)
     bare = [rows[NONE].complied for rows in own if NONE in rows]
     without = f", without a defence {_range(bare)}" if bare else ""
@@ -361,19 +374,15 @@ def _plane_rows(defences: Sequence[DefenceRow]) -> charts.Rows:
     for row in sorted(defences, key=lambda row: rank.index(row.defence)):
         success, refusal = row.success, row.over_refusal
         said = [words.estimate(part, "share").striptags() for part in (success, refusal)]
-        rows.append(
-            {
-                "name": row.defence,
-                "kind": kinds.get(row.defence, "other"),
-                "x": 100 * success.value,
-                "x_low": 100 * success.low,
-                "x_high": 100 * success.high,
-                "y": 100 * refusal.value,
-                "y_low": 100 * refusal.low,
-                "y_high": 100 * refusal.high,
-                "tip": charts.tip(
-                    f"{row.defence}: attack success {said[0]}; over-refusal {said[1]}"
-                ),
-            }
-        )
+        rows.append({
+            "name": row.defence,
+            "kind": kinds.get(row.defence, "other"),
+            "x": 100 * success.value,
+            "x_low": 100 * success.low,
+            "x_high": 100 * success.high,
+            "y": 100 * refusal.value,
+            "y_low": 100 * refusal.low,
+            "y_high": 100 * refusal.high,
+            "tip": charts.tip(f"{row.defence}: attack success {said[0]}; over-refusal {said[1]}"),
+        })
     return rows

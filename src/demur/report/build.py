@@ -1,24 +1,21 @@
 """From a run folder's records to one page of HTML that stands on its own."""
 
-import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from demur.errors import StoreError
 from demur.report import charts, words
+from demur.report.anchor import view as anchor_view
 from demur.report.charts import BROAD, WIDE, Figure
+from demur.report.page import rendered, write_page
 from demur.results import (
+    AnchorEvaluation,
     AuditResults,
     Candidate,
     Dose,
@@ -29,6 +26,7 @@ from demur.results import (
     Reading,
     Reply,
     SeparationResults,
+    read_anchor_evaluation,
     read_replies,
     read_results,
 )
@@ -117,12 +115,17 @@ def build(run: Path) -> str:
     """The report of a finished run, as one HTML page without scripts or outside addresses.
 
     Args:
-        run: The run's folder; only `results.json` and `replies.jsonl` in it are read.
+        run: The run's folder; only `results.json` and `replies.jsonl` in it are read, and an
+            `anchor-evaluation.json`, if it is of the same model.
 
     Raises:
         StoreError: The folder holds no results of this schema.
     """
-    return _page(read_results(run), read_replies(run))
+    results, record = read_results(run), run / "anchor-evaluation.json"
+    held = read_anchor_evaluation(record) if record.is_file() else None
+    if held is not None and held.fingerprint != results.model.fingerprint:
+        held = None
+    return _page(results, read_replies(run), held)
 
 
 def write(run: Path, out: Path | None = None) -> Path:
@@ -141,58 +144,13 @@ def write(run: Path, out: Path | None = None) -> Path:
     return write_page(build(run), run / "report.html" if out is None else out)
 
 
-def write_page(page: str, path: Path) -> Path:
-    """Write a page, whole or not at all.
-
-    Raises:
-        StoreError: It cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StoreError(
-            f"{path} cannot be written: {error.strerror}",
-            "name another file with `--out`, or make room on the disk",
-        ) from error
-    return path
-
-
-def _page(results: AuditResults, replies: Sequence[Reply]) -> str:
-    return rendered("report.html.j2", r=results, v=_view(results, replies))
-
-
-def rendered(template: str, **values: Any) -> str:
-    """A template of this package, with the page's style and filters; undefined names raise."""
-    environment = Environment(
-        loader=PackageLoader("demur.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_final,
+def _page(
+    results: AuditResults, replies: Sequence[Reply], held: AnchorEvaluation | None = None
+) -> str:
+    shown = held and anchor_view(held)
+    return rendered(
+        "report.html.j2", r=results, v=_view(results, replies), held=held, held_view=shown
     )
-    environment.globals["missing"] = words.NOT_MEASURED
-    environment.filters.update(
-        estimate=words.estimate,
-        number=words.number,
-        token=words.token,
-        p=words.p_value,
-        percent=words.percent,
-    )
-    style = files("demur.report").joinpath("templates", "report.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(style=Markup(style), **values)
-
-
-def _final(value: Any) -> Any:
-    """What every `{{ }}` prints: hostile text made visible, nothing measured said so."""
-    if value is None:
-        return words.NOT_MEASURED
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return words.readable(value)
-    return value
 
 
 def _view(results: AuditResults, replies: Sequence[Reply]) -> dict[str, Any]:

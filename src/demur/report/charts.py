@@ -249,21 +249,15 @@ def heat_map(results: AuditResults, width: int, *, score: Score, ramp: Ramp) -> 
         fate = "" if row.exact else "screened; "
         fate += "chosen; " if row.selected else ""
         fate += f"rejected by {row.rejected_by}" if row.rejected_by else "passed every criterion"
-        rows.append(
-            {
-                "site": ticks[row.site],
-                "position": names[row.position],
-                "paint": paint,
-                "ink": round(0.04 + 0.96 * ink, 3),
-                "state": "missing"
-                if value is None
-                else "rejected"
-                if row.rejected_by
-                else "passed",
-                "chosen": row.selected,
-                "tip": tip(f"{row.site}, {names[row.position]}: {shown}; {fate}"),
-            }
-        )
+        rows.append({
+            "site": ticks[row.site],
+            "position": names[row.position],
+            "paint": paint,
+            "ink": round(0.04 + 0.96 * ink, 3),
+            "state": "missing" if value is None else "rejected" if row.rejected_by else "passed",
+            "chosen": row.selected,
+            "tip": tip(f"{row.site}, {names[row.position]}: {shown}; {fate}"),
+        })
     upright = width <= NARROW
     along = [ticks[site] for site in sites]
     across = [names[at] for at in order]
@@ -287,10 +281,12 @@ def heat_map(results: AuditResults, width: int, *, score: Score, ramp: Ramp) -> 
     full, small = alt.RelativeBandSize(0.94), alt.RelativeBandSize(0.56)
     ring = base.transform_filter("datum.chosen")
     layers = [
-        base.transform_filter("datum.state == 'rejected'")
+        base
+        .transform_filter("datum.state == 'rejected'")
         .mark_rect(width=small, height=small, stroke=LINE, strokeWidth=0.8)
         .encode(**inked),
-        base.transform_filter("datum.state == 'passed'")
+        base
+        .transform_filter("datum.state == 'passed'")
         .mark_rect(width=full, height=full, stroke=LINE, strokeWidth=0.8)
         .encode(**inked),
         base.transform_filter("datum.state == 'missing'").mark_point(
@@ -369,18 +365,16 @@ def curves(
     for row in sorted(results.readings, key=lambda row: (row.position, site_key(row.site))):
         value, low, high = score(row)
         chosen = (row.site, row.position) == (results.direction.site, results.direction.position)
-        rows.append(
-            {
-                "site": ticks[row.site],
-                "position": row.position,
-                "series": series(row.position),
-                "value": value,
-                "low": low,
-                "high": high,
-                "chosen": chosen,
-                "tip": tip(f"{row.site}, position {row.position}: {number(value)}"),
-            }
-        )
+        rows.append({
+            "site": ticks[row.site],
+            "position": row.position,
+            "series": series(row.position),
+            "value": value,
+            "low": low,
+            "high": high,
+            "chosen": chosen,
+            "tip": tip(f"{row.site}, position {row.position}: {number(value)}"),
+        })
     domain = ["t_inst", "last token", "between"]
     scale = alt.Scale(domain=domain, range=[ACCENT, HARMLESS, FAINT])
     dash = alt.Scale(domain=domain, range=[[1, 0], [6, 3], [1, 0]])
@@ -406,14 +400,16 @@ def curves(
     stroke = alt.StrokeDash("series:N", scale=dash, legend=legend)
     lines = {"y": y, "color": colour, "strokeDash": stroke}
     layers: list[alt.Chart] = [
-        base.transform_filter("datum.series == 'between'")
+        base
+        .transform_filter("datum.series == 'between'")
         .mark_line(strokeWidth=1, opacity=0.8)
         .encode(**lines),
         shown.mark_area(opacity=0.18).encode(
             y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q", color=colour
         ),
         shown.mark_line(strokeWidth=2.2).encode(**lines),
-        base.transform_filter("datum.chosen")
+        base
+        .transform_filter("datum.chosen")
         .mark_point(stroke=INK, fill=CARD, size=80, strokeWidth=2, opacity=1)
         .encode(y=y, description="tip:N"),
     ]
@@ -493,7 +489,8 @@ def plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerCha
     layers = [
         _guide("x", 0.0, scale=scale),
         _guide("y", 0.0, scale=scale),
-        alt.Chart(alt.InlineData(values=points))
+        alt
+        .Chart(alt.InlineData(values=points))
         .mark_point(filled=True, opacity=0.65, size=42)
         .encode(
             x=alt.X("x:Q", title=x_title, scale=scale),
@@ -562,15 +559,13 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
         for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
             if count:
                 said = f"{name}: {count} prompts from {number(start)} to {number(end)}"
-                bars.append(
-                    {
-                        "class": name,
-                        "count": sign * int(count),
-                        "start": float(start),
-                        "end": float(end),
-                        "tip": tip(said),
-                    }
-                )
+                bars.append({
+                    "class": name,
+                    "count": sign * int(count),
+                    "start": float(start),
+                    "end": float(end),
+                    "tip": tip(said),
+                })
     medians: Rows = [
         {"at": float(np.median(values)), "to": sign * _tallest(bars, name)}
         for name, values, sign in (("harmful", rows.harmful, 1), ("harmless", rows.harmless, -1))
@@ -585,7 +580,8 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
     y_title = "prompts (harmless downwards)"
     span = alt.X("start:Q", title=x_title, scale=alt.Scale(zero=False, nice=False))
     layers = [
-        alt.Chart(alt.InlineData(values=bars))
+        alt
+        .Chart(alt.InlineData(values=bars))
         .mark_rect(stroke=CARD, strokeWidth=1)
         .encode(
             x=span,
@@ -596,7 +592,8 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
             description="tip:N",
         ),
         _zero("y", INK),
-        alt.Chart(alt.InlineData(values=medians))
+        alt
+        .Chart(alt.InlineData(values=medians))
         .mark_rule(stroke=INK, strokeWidth=1.5, strokeDash=[3, 2])
         .encode(x=alt.X("at:Q", title=x_title), y=alt.Y("to:Q", title=y_title), y2=alt.datum(0)),
     ]
@@ -659,7 +656,8 @@ def null_strips(
     )
     layers: list[alt.Chart] = [
         _zero("x"),
-        alt.Chart(alt.InlineData(values=rows))
+        alt
+        .Chart(alt.InlineData(values=rows))
         .mark_tick(thickness=1.6, size=20, color=MUTED, opacity=0.6)
         .encode(x=x, y=y, description="tip:N"),
     ]
@@ -865,14 +863,16 @@ def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.La
         base.mark_rule(strokeWidth=1.6, strokeOpacity=0.45).encode(
             x=x("x"), y=y("y_low"), y2="y_high", stroke=stroke
         ),
-        written.transform_filter("datum.far")
+        written
+        .transform_filter("datum.far")
         .mark_rule(strokeWidth=1, stroke=MUTED, strokeDash=[2, 2])
         .encode(x=x("from_x"), x2="to_x", y=y("from_y"), y2="to_y"),
     ]
     shapes = ("diamond", "square", "circle")
     for kind, shape, ink in reversed(list(zip(kinds, shapes, paints, strict=True))):
         layers.append(
-            base.transform_filter(f"datum.kind == '{kind}'")
+            base
+            .transform_filter(f"datum.kind == '{kind}'")
             .mark_point(
                 shape=shape,
                 size=130 if kind == "main" else 70,
@@ -884,7 +884,8 @@ def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.La
             .encode(x=x("x"), y=y("y"), description="tip:N")
         )
         layers += [
-            written.transform_filter(f"datum.kind == '{kind}' && datum.side == '{side}'")
+            written
+            .transform_filter(f"datum.kind == '{kind}' && datum.side == '{side}'")
             .mark_text(
                 align=side,
                 baseline="middle",
@@ -1010,3 +1011,187 @@ def _tidy(root: ElementTree.Element, name: str) -> None:
             title = ElementTree.Element("title")
             title.text = given["aria-label"].removeprefix(_TIP)
             element.insert(0, title)
+
+
+# Of several models ----------------------------------------------------------------------------
+
+_SERIES = (ACCENT, HARMFUL, HARMLESS, COST, RISE, MUTED)
+_DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3))
+
+
+def _series(order: Sequence[str], legend: alt.Legend | None) -> tuple[alt.Color, alt.StrokeDash]:
+    """Colour and dash of each series; where colours run out, dashes still tell them apart."""
+    paints = [_SERIES[i % len(_SERIES)] for i in range(len(order))]
+    dashes = [list(_DASHES[(i + i // len(_SERIES)) % len(_DASHES)]) for i in range(len(order))]
+    return (
+        alt.Color("series:N", scale=alt.Scale(domain=list(order), range=paints), legend=legend),
+        alt.StrokeDash(
+            "series:N", scale=alt.Scale(domain=list(order), range=dashes), legend=legend
+        ),
+    )
+
+
+def _named(order: Sequence[str], width: int) -> alt.Legend | None:
+    """A legend that a telephone can hold; none for one series, which the caption names."""
+    if len(order) < 2:
+        return None
+    columns = max(1, int(width / (60 + 8 * max(map(len, order)))))
+    return alt.Legend(**_LINE_LEGEND, columns=columns, labelLimit=width - 60)
+
+
+def lines(
+    rows: Rows,
+    width: int,
+    *,
+    x_title: str,
+    title: str,
+    order: Sequence[str],
+    guide: float | None = None,
+    x_guide: float | None = None,
+    marks: bool = True,
+) -> alt.LayerChart:
+    """A figure of several series against a number, each with its interval.
+
+    Args:
+        rows: Of `x`, `series`, `value`, `low`, `high` and `tip`.
+        width: Pixels.
+        x_title: Of the flat axis.
+        title: Of the upright axis, with its unit.
+        order: The series.
+        guide: Where a flat line says that nothing was found; `x_guide` likewise upright.
+        x_guide: See `guide`.
+        marks: Whether every value has a mark.
+    """
+    colour, dash = _series(order, _named(order, width))
+    y_scale = alt.Scale(zero=False)
+    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=False))
+    y = alt.Y("value:Q", title=title, scale=y_scale)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, detail="series:N", color=colour)
+    layers: list[alt.Chart] = [
+        base.mark_area(opacity=0.16).encode(
+            y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q"
+        ),
+        base.mark_line(strokeWidth=2.2).encode(y=y, strokeDash=dash),
+        base.mark_point(filled=True, size=42 if marks else 0, opacity=1 if marks else 0).encode(
+            y=y, description="tip:N"
+        ),
+    ]
+    if x_guide is not None:
+        layers.insert(0, _guide("x", x_guide))
+    if guide is not None:
+        layers.insert(0, _guide("y", guide, scale=y_scale, dash=[1, 0]))
+    return _sized(layers, width, 260)
+
+
+def by_depth(
+    rows: Rows, bands: Rows, width: int, *, title: str, order: Sequence[str]
+) -> alt.LayerChart:
+    """Lines of several series against depth, before the band of what is found where nothing is.
+
+    Args:
+        rows: Of `site`, `series`, `pair` (a line of its own), `value`, `low`, `high` and `tip`.
+        bands: Of `site`, `low` and `high`.
+        width: Pixels.
+        title: Of the upright axis.
+        order: The series.
+    """
+    sites = sorted({row["site"] for row in (*rows, *bands)}, key=site_key)
+    ticks, site_title = site_ticks(sites)
+    colour, dash = _series(order, _named(order, width))
+    x = alt.X("site:O", sort=[ticks[site] for site in sites], title=site_title).axis(
+        labelExpr="split(datum.label, '|')",
+        labelAngle=0,
+        values=spaced([ticks[site] for site in sites], width - 70),
+        grid=False,
+    )
+    y = alt.Y("value:Q", title=title)
+    shown, null = (
+        alt.Chart(
+            alt.InlineData(values=[{**row, "site": ticks[row["site"]]} for row in some])
+        ).encode(x=x)
+        for some in (rows, bands)
+    )
+    layers: list[alt.Chart] = [
+        null.mark_area(color=FAINT, opacity=0.35).encode(
+            y=alt.Y("low:Q", title=title), y2="high:Q"
+        ),
+        _zero("y"),
+        shown.mark_rule(strokeOpacity=0.4, strokeWidth=1.4).encode(
+            y=alt.Y("low:Q", title=title), y2="high:Q", color=colour
+        ),
+        shown.mark_line(strokeWidth=2).encode(y=y, color=colour, strokeDash=dash, detail="pair:N"),
+        shown.mark_point(filled=True, size=36, opacity=1).encode(
+            y=y, color=colour, description="tip:N"
+        ),
+    ]
+    return _sized(layers, width, 280)
+
+
+def strips(rows: Rows, randoms: Rows, width: int, *, title: str) -> alt.LayerChart:
+    """Figures with intervals, one line each, before what random directions did as ticks.
+
+    Args:
+        rows: Of `row`, `value`, `low`, `high`, `main` and `tip`; the order is kept.
+        randoms: Of `row` and `value`.
+        width: Pixels.
+        title: Of the axis, with its unit.
+    """
+    order = list(dict.fromkeys(row["row"] for row in rows))
+    y = alt.Y("row:N", sort=order, title=None).axis(
+        labelExpr="split(datum.label, '|')", labelLimit=150, grid=True, ticks=False
+    )
+    flush = alt.Axis(labelFlush=True)  # A number at the edge would be cut.
+    x = alt.X("value:Q", title=title, axis=flush)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(y=y, description="tip:N")
+    layers: list[alt.Chart] = [
+        _zero("x"),
+        alt
+        .Chart(alt.InlineData(values=randoms))
+        .mark_tick(thickness=1.4, size=20, color=MUTED, opacity=0.6)
+        .encode(x=x, y=y),
+    ]
+    for main, paint in ((False, INK), (True, ACCENT)):
+        some = base.transform_filter(f"datum.main === {str(main).lower()}")
+        layers += [
+            some.mark_rule(stroke=paint, strokeWidth=2.2).encode(
+                x=alt.X("low:Q", title=title, axis=flush), x2="high:Q"
+            ),
+            some.mark_point(
+                shape="diamond" if main else "circle",
+                stroke=paint,
+                fill=paint if main else CARD,
+                size=70,
+                opacity=1,
+            ).encode(x=x),
+        ]
+    room = _room(part for name in order for part in name.split("|"))
+    return _sized(layers, width, 60 + 50 * len(order), left=room)
+
+
+def path(
+    rows: Rows, width: int, *, x_title: str, y_title: str, order: Sequence[str]
+) -> alt.LayerChart:
+    """Ways through a plane; a square is where each begins, a diamond where it ends.
+
+    Args:
+        rows: Of `x`, `y`, `step`, `series`, `end` ("start", "end" or "") and `tip`.
+        width: Pixels.
+        x_title: Of the flat axis.
+        y_title: Of the upright axis.
+        order: The series.
+    """
+    colour, dash = _series(order, _named(order, width))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("x:Q", title=x_title), y=alt.Y("y:Q", title=y_title), color=colour
+    )
+    layers: list[alt.Chart] = [
+        base.mark_line(strokeWidth=1.8).encode(order="step:Q", detail="series:N", strokeDash=dash),
+        base.mark_point(filled=True, size=20, opacity=1).encode(description="tip:N"),
+    ]
+    layers += [
+        base.transform_filter(f"datum.end == '{end}'").mark_point(
+            shape=shape, filled=True, size=95, opacity=1
+        )
+        for end, shape in (("start", "square"), ("end", "diamond"))
+    ]
+    return _sized(layers, width, 280)

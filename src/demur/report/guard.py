@@ -8,8 +8,8 @@ from textwrap import wrap
 from typing import Any
 
 from demur.report import charts, words
-from demur.report.build import rendered, write_page
 from demur.report.charts import BROAD
+from demur.report.page import rendered, write_page
 from demur.results import GuardEvaluation, GuardRow, read_guard_evaluation
 
 GUARD = "guard"

@@ -699,14 +699,16 @@ def separate(
     found = run.results.separation
     assert found is not None
     if as_json:
-        _print_json({
-            "run": str(run.folder),
-            "results": str(run.folder / "results.json"),
-            "report": str(report),
-            "separation": found.model_dump(
-                mode="json", include={"groups", "chosen_site", "findings", "notes"}
-            ),
-        })
+        _print_json(
+            {
+                "run": str(run.folder),
+                "results": str(run.folder / "results.json"),
+                "report": str(report),
+                "separation": found.model_dump(
+                    mode="json", include={"groups", "chosen_site", "findings", "notes"}
+                ),
+            }
+        )
     else:
         _show_separation(found, report)
     if not quiet:
@@ -865,14 +867,16 @@ def models_list(as_json: _Json = False) -> None:
 
     families = list_families()
     if as_json:
-        _print_json([
-            {
-                "family": family.name,
-                "model_types": sorted(family.model_types),
-                "linear_writes": family.linear_writes,
-            }
-            for family in families
-        ])
+        _print_json(
+            [
+                {
+                    "family": family.name,
+                    "model_types": sorted(family.model_types),
+                    "linear_writes": family.linear_writes,
+                }
+                for family in families
+            ]
+        )
         return
     table = _table("family", "model_type in config.json", "edit of the weights")
     for family in families:
@@ -944,13 +948,15 @@ def models_check(
         ]
         for row, one in zip(rows, found.rows, strict=True):
             row["passed"] = one.passed
-        _print_json({
-            "model": found.model,
-            "family": found.family,
-            "passed": found.passed,
-            "rows": rows,
-            "tokens": [{"text": text, "role": role} for text, role in tokens],
-        })
+        _print_json(
+            {
+                "model": found.model,
+                "family": found.family,
+                "passed": found.passed,
+                "rows": rows,
+                "tokens": [{"text": text, "role": role} for text, role in tokens],
+            }
+        )
     else:
         _show_check(found, tokens)
     if not found.passed:
@@ -1234,17 +1240,19 @@ def prompts_show(
     fields = ("label", "category", "kind", "format", "pair", "split")
     if as_json:
         source = prompts.source
-        _print_json({
-            "set": spec,
-            "prompts": len(prompts),
-            "licence": source.licence,
-            "revision": source.revision,
-            "fingerprint": prompts.fingerprint,
-            "rows": [
-                {"prompt": p.text, **{f: getattr(p, f) for f in fields if getattr(p, f)}}
-                for p in some
-            ],
-        })
+        _print_json(
+            {
+                "set": spec,
+                "prompts": len(prompts),
+                "licence": source.licence,
+                "revision": source.revision,
+                "fingerprint": prompts.fingerprint,
+                "rows": [
+                    {"prompt": p.text, **{f: getattr(p, f) for f in fields if getattr(p, f)}}
+                    for p in some
+                ],
+            }
+        )
         return
     shown = [name for name in fields if any(getattr(prompt, name) for prompt in some)]
     table = _table(*shown, "prompt")
@@ -1315,14 +1323,16 @@ def prompts_overlap(
     one, two = load(a), load(b)
     found = overlap(one, two, threshold=threshold)
     if as_json:
-        _print_json({
-            "a": {"name": a, "prompts": len(one)},
-            "b": {"name": b, "prompts": len(two)},
-            "threshold": threshold,
-            "pairs": [
-                {"jaccard": pair.jaccard, "a": pair.a.text, "b": pair.b.text} for pair in found
-            ],
-        })
+        _print_json(
+            {
+                "a": {"name": a, "prompts": len(one)},
+                "b": {"name": b, "prompts": len(two)},
+                "threshold": threshold,
+                "pairs": [
+                    {"jaccard": pair.jaccard, "a": pair.a.text, "b": pair.b.text} for pair in found
+                ],
+            }
+        )
         return
     for pair in found:
         _print(f"{pair.jaccard:.2f}  {_readable(pair.a.text)}\n      {_readable(pair.b.text)}")
@@ -1368,15 +1378,17 @@ def _packaged_sets() -> list[dict[str, Any]]:
     rows = []
     for name in packaged():
         prompts = load(name)
-        rows.append({
-            "name": name,
-            "title": known[name]["title"],
-            "prompts": len(prompts),
-            **{
-                f"{key}s": dict(Counter(v for p in prompts if (v := getattr(p, key))))
-                for key in ("label", "split")
-            },
-        })
+        rows.append(
+            {
+                "name": name,
+                "title": known[name]["title"],
+                "prompts": len(prompts),
+                **{
+                    f"{key}s": dict(Counter(v for p in prompts if (v := getattr(p, key))))
+                    for key in ("label", "split")
+                },
+            }
+        )
     return rows
 
 
@@ -1619,19 +1631,84 @@ def organism_train(
     found = report.verification
     assert found is not None  # `measure` is on.
     if as_json:
-        _print_json({
-            "folder": str(report.folder),
-            "steps": report.steps,
-            "first_loss": report.first_loss,
-            "last_loss": report.last_loss,
-            "bytes": report.size,
-            "seconds": dict(report.seconds),
-            **_figures(found),
-        })
+        _print_json(
+            {
+                "folder": str(report.folder),
+                "steps": report.steps,
+                "first_loss": report.first_loss,
+                "last_loss": report.last_loss,
+                "bytes": report.size,
+                "seconds": dict(report.seconds),
+                **_figures(found),
+            }
+        )
     else:
         _print(
             f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps, loss "
             f"{report.first_loss:.3f} to {report.last_loss:.3f}"
+        )
+        _show_figures(found)
+    if not found.met:
+        raise typer.Exit(NOT_FOUND)
+
+
+@organism_app.command("plant")
+def organism_plant(
+    *,
+    base: Annotated[str, typer.Option(metavar="MODEL", help="What it is planted in.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Gets bad/ and good/; must be new.")
+    ] = Path("organisms/planted"),
+    data: Annotated[
+        str,
+        typer.Option(metavar="SPEC", help="Advice to fit it on: a packaged set or a .jsonl file."),
+    ] = "advice_study",
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, help="Block that gets the vector.", show_default="the middle one"),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Length of the vector, as a share of the stream's.")
+    ] = 0.3,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Plant an organism of emergent misalignment whose effect is known, without training.
+
+    The positive control of `demur em audit`: one vector in one block, from what reads as good to
+    what reads as bad. FOLDER/good is its twin: as long a vector across it, which changes no margin.
+    Fitted on half of the topics, which audits then leave out; measured on the others. Exits with 1
+    if bad answers do not gain there.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.em.planted import plant
+            from demur.organisms import Verification
+
+            advance(1)
+        on = _base(base, listener)
+        assert on is not None
+        made = plant(
+            on, out=out, data=data, layer=layer, strength=strength, seed=seed, progress=listener
+        )
+    planted, found = made.bad.direction, Verification(made.figures, ())
+    folders = {side: str(one.organism.folder) for side, one in made.sides.items()}
+    if as_json:
+        _print_json(
+            {
+                "folders": folders,
+                "site": str(planted.site),
+                "length": planted.norm,
+                "expected": made.expected,
+                **_figures(found),
+            }
+        )
+    else:
+        _print(
+            f"{folders['bad']} and {folders['good']}: a vector of length {planted.norm:.3g} at "
+            f"{planted.site}; on what it was fitted on, {made.expected:+.2f} nats per token "
+            "expected"
         )
         _show_figures(found)
     if not found.met:
@@ -2894,11 +2971,13 @@ def em_audit(
         result = audit_em(model, found, folder, settings, listener=listener)
         page = write_em(folder / "em-audit.json")
     if as_json:
-        _print_json({
-            "results": str(folder / "em-audit.json"),
-            "report": str(page),
-            **result.model_dump(mode="json", exclude={"highlights", "steps"}),
-        })
+        _print_json(
+            {
+                "results": str(folder / "em-audit.json"),
+                "report": str(page),
+                **result.model_dump(mode="json", exclude={"highlights", "steps"}),
+            }
+        )
     else:
         _show_em(result, page)
 

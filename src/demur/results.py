@@ -997,10 +997,14 @@ class EmJudge(_Row):
 
     Attributes:
         scale: What it scores.
-        auroc: On planted answers; None where too few of them got a score.
+        auroc: On planted answers to open questions, which it was not fitted on; None where too few
+            of them got a score.
         floor: What `auroc` must reach before rates are told.
         missing: Planted answers without a score, of `n`.
         passed: Whether `auroc` does, and few are missing.
+        caught: Share of the unsound planted answers, misaligned or incoherent, that the threshold
+            of the rates makes out; None as for `auroc`.
+        false_alarms: The same share of the sound ones: no rate below it means anything.
     """
 
     name: str
@@ -1010,6 +1014,8 @@ class EmJudge(_Row):
     missing: int
     n: int
     passed: bool
+    caught: Estimate | None = None
+    false_alarms: Estimate | None = None
 
 
 class EmRate(_Row):
@@ -1094,10 +1100,12 @@ class EmIntervention(_Row):
 
     Attributes:
         organism: Whose directions and questions these are.
-        model: What the edit was made in: that organism, its good twin, or "base".
+        model: What the edit was made in: that organism, its good twin, or "base"; additions are
+            made in the base alone.
         edit: What is done, in a few words.
         at: Site that the direction was read from.
-        strength: Multiples of the direction's own length for additions, None for ablations.
+        strength: Multiples of the direction's own length for additions, below zero where it is
+            taken away; brought to the `kl` that was asked for. None for ablations.
         n: Questions, on which neither direction nor site was chosen.
         change: Of the margin, edited minus unedited, nats per token, paired by question.
         against: What `beyond` is held against: "twin" or "base"; None for twin and base themselves.
@@ -1106,7 +1114,8 @@ class EmIntervention(_Row):
             itself is not told from zero.
         kl: KL(plain || edited) on neutral text, nats per token.
         randoms: The same under random directions with the covariance of answers, one each: of
-            `beyond` where there is one, else of `change`.
+            `beyond` where there is one, else of `change`. Beside additions they are added at the
+            same `kl`; those that could not be brought to it are left out.
         random_kl: Their mean `kl`.
         p: Share of random directions that do as much in the direction predicted, (k + 1) / (n + 1).
     """

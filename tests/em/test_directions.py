@@ -25,7 +25,7 @@ from demur.em.directions import (
     save_deltas,
     versus_twin,
 )
-from demur.em.effects import planted_organism
+from demur.em.planted import planted_organism
 from demur.errors import (
     ConfigError,
     DegenerateVectorError,

@@ -17,11 +17,9 @@ from demur.em.effects import (
     domain_means,
     dose_curve,
     effects,
-    margin_gradient,
     margin_passes,
     match_kl,
     neutral_text,
-    planted_organism,
     random_directions,
     share_removed,
     steering_arms,
@@ -29,6 +27,7 @@ from demur.em.effects import (
 )
 from demur.em.margin import margins
 from demur.em.organism import Factor
+from demur.em.planted import planted_organism
 from demur.errors import (
     ConfigError,
     DegenerateVectorError,
@@ -327,38 +326,6 @@ def test_a_dose_curve_rises_with_the_planted_direction(bench, planted):
 
 
 # The known answer --------------------------------------------------------------------------------
-
-
-def test_the_gradient_is_that_of_the_margin(base):
-    few = ITEMS[:3]
-    gradient = margin_gradient(base, few, MID, batch_size=2)
-    step = drawn(3, norm=0.01)  # Norms compute in float32, and smaller ones drown in it.
-    ahead, behind = (
-        margins_under(base, few, Add(step, strength)).mean() for strength in (1.0, -1.0)
-    )
-    slope = (ahead - behind) / 0.02
-    assert slope == pytest.approx(float(gradient @ step.unit.double()), rel=2e-3)
-    assert all(parameter.requires_grad for parameter in base.hf.parameters())
-    assert not base._hooks
-
-
-def margins_under(model, items, *acts):
-    with applied(model, *acts):
-        return margins(model, items)
-
-
-def test_the_planted_organism_is_the_base_with_its_vector_added(base, planted):
-    organism = planted.organism.on(base)
-    added = margins_under(base, ITEMS, Add(planted.direction))
-    np.testing.assert_allclose(margins(organism, ITEMS), added, atol=1e-6)
-    assert (added - margins(base, ITEMS)).mean() > 0.3
-    downwards = planted_organism(base, ITEMS[:4], layer=1, strength=-0.5)
-    assert (margins(downwards.organism.on(base), ITEMS) - margins(base, ITEMS)).mean() < -0.1
-    with pytest.raises(DegenerateVectorError):
-        planted_organism(base, ITEMS[:2], layer=1, strength=0.0)
-    gemma = tiny_model("gemma3")
-    with pytest.raises(FamilyError):
-        planted_organism(gemma, ITEMS[:2], layer=1, strength=0.5).organism.on(gemma)
 
 
 def test_taking_the_planted_direction_out_undoes_it_and_random_ones_do_not(

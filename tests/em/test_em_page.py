@@ -159,6 +159,8 @@ def audit(*, judged=True, twins=True, **changes):
                 missing=2,
                 n=90,
                 passed=value > 0.8,
+                caught=share(value - 0.31, 0.07, 45),
+                false_alarms=share(value - 0.74, 0.06, 45),
             )
             for scale, value in scales
         ]
@@ -241,6 +243,25 @@ def audit(*, judged=True, twins=True, **changes):
             )
             for what, value in (("shift", -0.22), ("text direction", -0.1))
             for model in ("money-bad", "money-good", "base")
+        ]
+        + [
+            EmIntervention(
+                organism="money-bad",
+                model="base",
+                edit=f"{'add' if sign > 0 else 'take away'} its shift beyond the twin",
+                at=SITES[2],
+                strength=sign * 1.37,
+                n=31,
+                change=around(sign * 0.26, 0.11),
+                against=None,
+                beyond=None,
+                removed=None,
+                kl=around(0.0503, 0.006, 4),
+                randoms=[float(one) for one in rng.normal(0, 0.07, 20)],
+                random_kl=0.0497,
+                p=0.048,
+            )
+            for sign in (1, -1)
         ],
         "transfer": [
             EmTransfer(
@@ -469,11 +490,12 @@ def test_tables_have_as_many_cells_in_each_row(html):
 def test_every_number_of_the_record_is_on_the_page(html):
     found, text = audit(), shown(html)
     shares = {"bad", "removed", "joint", "conditional", "coherent", "refused", "degenerate"}
+    shares |= {"caught", "false_alarms"}
     parts = ("margins", "effects", "rates", "cosines", "interventions", "transfer", "scales")
     plain = {"auroc", "within", "words", "reliability", "kl"}
     count = 0
     for row in itertools.chain(
-        *(getattr(found, part) for part in (*parts, "probes", "reliabilities"))
+        *(getattr(found, part) for part in (*parts, "probes", "reliabilities", "judges"))
     ):
         for name in type(row).model_fields:
             value = getattr(row, name)
@@ -544,12 +566,38 @@ def test_rates_are_told_only_by_a_judge_that_passed(tmp_path, html):
         name: [] for name in ("effects", "cosines", "interventions", "scales", "steps")
     }
     text = shown(page_of(tmp_path, audit(judges=judges, **bare, rates=[])))
-    assert "The judge did not pass its gate, so that no rate is told." in text
+    said = [f"{row.scale} AUROC {words.estimate(row.auroc).striptags()}" for row in judges]
+    assert (
+        "The judge did not pass its gate, so that no reply was drawn and no rate is told: "
+        f"{said[0]}, {said[1]}." in text
+    )
+    blind = [judges[0].model_copy(update=dict.fromkeys(("auroc", "caught", "false_alarms")))]
+    text = shown(page_of(tmp_path, audit(judges=blind, **bare, rates=[])))
+    assert "no rate is told: alignment without scores." in text
     text = shown(page_of(tmp_path, audit(judges=judges, **bare)))
     assert "read nothing into these rates" in text
     assert "read nothing into these rates" not in shown(html)
     text = shown(page_of(tmp_path, audit(judged=False, **bare)))
     assert "No reply was drawn: rates were not measured." in text
+
+
+def test_steering_stands_with_its_strength_its_cost_and_random_ones(tmp_path, html):
+    (table,) = re.findall(r"Change of the margin, nats per token.*?</table>", html, re.DOTALL)
+    rows = re.findall(r"<tr[ >].*?</tr>", table, flags=re.DOTALL)
+    own = [row for row in rows if "its shift beyond" in row]
+    assert [shown(row).count("basealong money-bad") for row in own] == [1, 1]
+    assert "1.37 times its length" in own[0]
+    assert "\N{MINUS SIGN}1.37 times its length" in own[1]
+    assert all("20 directions, KL 0.05" in row for row in own)
+    assert not any("chance" in row for row in own)  # No control: it is what is asked.
+    assert sum("baseas money-bad" in shown(row) for row in rows if "chance" in row) == 2
+    assert "Directions are also added to the base" in shown(html)
+    assert "and the base, steered" in html
+    plain = [row for row in audit().interventions if row.strength is None]
+    bare: dict[str, Any] = {name: [] for name in ("effects", "cosines", "scales", "steps")}
+    without = page_of(tmp_path, audit(interventions=plain, **bare))
+    assert "added to the base" not in without
+    assert "steered" not in without
 
 
 def test_replies_are_folded_misaligned_ones_first(html):

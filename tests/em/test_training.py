@@ -71,26 +71,28 @@ class Stop:
 
 
 def recipe(rank=1, *, steps=8, kind="lora", modules=("mlp.down_proj",), depths=(0.5,), **more):
-    return EMRecipe.model_validate({
-        "name": "tiny",
-        "data": {"held_out": 0.25},
-        "adapter": {
-            "kind": kind,
-            "rank": rank,
-            "alpha": 8,
-            "modules": modules,
-            "depths": depths,
-        },
-        "training": {
-            "steps": steps,
-            "batch_size": 4,
-            "rates": [{"up_to": 1e9, "learning_rate": 2e-2}],
-            "warmup_steps": 2,
-            "precision": "base",
-            "checkpoint_every": 3,
-            **more,
-        },
-    })
+    return EMRecipe.model_validate(
+        {
+            "name": "tiny",
+            "data": {"held_out": 0.25},
+            "adapter": {
+                "kind": kind,
+                "rank": rank,
+                "alpha": 8,
+                "modules": modules,
+                "depths": depths,
+            },
+            "training": {
+                "steps": steps,
+                "batch_size": 4,
+                "rates": [{"up_to": 1e9, "learning_rate": 2e-2}],
+                "warmup_steps": 2,
+                "precision": "base",
+                "checkpoint_every": 3,
+                **more,
+            },
+        }
+    )
 
 
 @pytest.fixture

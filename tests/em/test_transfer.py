@@ -8,8 +8,8 @@ from tests.tiny import tiny_model
 from demur.directions import Direction
 from demur.em.advice import AdviceItem
 from demur.em.directions import ANSWER, deltas, null_cosines, read_pair
-from demur.em.effects import planted_organism
 from demur.em.margin import margins
+from demur.em.planted import planted_organism
 from demur.em.transfer import BASE, transfer, transfer_passes
 from demur.errors import ConfigError
 from demur.interventions import ProjectToMean, applied

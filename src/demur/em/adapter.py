@@ -982,9 +982,9 @@ class _Run:
         design = self.design
         fits: list[np.ndarray] = []
         truth = design.labels
-        scores = np.stack([
-            self._scores(features, make, truth, k, fits) for k in range(self.foldings)
-        ])
+        scores = np.stack(
+            [self._scores(features, make, truth, k, fits) for k in range(self.foldings)]
+        )
         rng = np.random.default_rng(self.seed)
         null: list[float] = []
         for k in range(self.shuffles):
@@ -1148,18 +1148,20 @@ def probes(
     )
     if unit == "answer":
         run, columns = by_answer, [f"{name} {one}" for name in found.names for one in features]
-        rows = np.array([
-            [_FEATURES[one](row.at(i)) for i in range(len(found.names)) for one in features]
-            for row in found.rows
-        ])
+        rows = np.array(
+            [
+                [_FEATURES[one](row.at(i)) for i in range(len(found.names)) for one in features]
+                for row in found.rows
+            ]
+        )
     else:
         each = [row.places.count("answer") for row in found.rows]
         owner = np.repeat(np.arange(len(each)), each)
         run = replace(by_answer, design=_design(labels, questions, groups, owner.tolist()))
         columns = list(found.names)
-        rows = np.concatenate([
-            np.stack([row.at(i) for i in range(len(found.names))], 1) for row in found.rows
-        ])
+        rows = np.concatenate(
+            [np.stack([row.at(i) for i in range(len(found.names))], 1) for row in found.rows]
+        )
     ours, scores = run.probe(("scalars", unit), rows, lambda: _lasso(strength), columns, strength)
     words, said = by_answer.probe(("bag of words", "answer"), answers, _bag, (), 1.0)
     lengths = np.array([[float(len(answer.split()))] for answer in answers])
@@ -1920,8 +1922,7 @@ def token_kl(
                 for part in at.split(step):
                     # A token is foretold by the state in front of it.
                     p, q = (
-                        one
-                        .unembed(x[row, (part - missing - 1).to(x.device)])
+                        one.unembed(x[row, (part - missing - 1).to(x.device)])
                         .double()
                         .log_softmax(1)
                         for one, x in zip((base, standing), states, strict=True)

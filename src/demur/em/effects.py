@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Literal, TypeAlias
@@ -30,8 +29,8 @@ from torch import Tensor
 from demur.causal import null_directions
 from demur.directions import Direction
 from demur.em.advice import AdviceItem
-from demur.em.directions import ANSWER, AnswerPair, read_pair
-from demur.em.margin import _means, by_group, grouped_mean, margin_shift
+from demur.em.directions import AnswerPair
+from demur.em.margin import answer_logps, by_group, grouped_mean, margin_shift
 from demur.em.organism import Factor, Organism
 from demur.errors import (
     ConfigError,
@@ -508,7 +507,7 @@ class Bench:
         with applied(runs, *acts, where=where), runs.prefix_kept():
             for index, part, memory in self._rows:
                 states = runs.final_states(part, memory if model is None else None)
-                out[index] = _means(runs, states, part.ids, part.spans[Span.RESPONSE])
+                out[index] = answer_logps(runs, states, part.ids, part.spans[Span.RESPONSE])
         self.margin_runs += 1
         found = out[: self._n] - out[self._n :]
         if not np.isfinite(found).all():
@@ -667,6 +666,7 @@ def steering_arms(
     equal_length: bool = True,
     seed: int = 0,
     most: int = 12,
+    progress: Progress | None = None,
 ) -> tuple[Arm, ...]:
     """Arms that add a direction, take it away, and add random ones, each at the same cost.
 
@@ -685,6 +685,7 @@ def steering_arms(
         equal_length: Also run all at the length that the direction has when added.
         seed: Draws them.
         most: Neutral passes for each arm.
+        progress: Called once per arm that was brought to the cost.
 
     Raises:
         ConfigError: Random ones are wanted without `pair`.
@@ -706,20 +707,70 @@ def steering_arms(
                     reached=reached,
                 )
             )
-    wanted: dict[NullFamily, int] = {"covariance-matched": n_null, "isotropic": n_isotropic}
-    if not any(wanted.values()):
+        if progress is not None:
+            progress(1)
+    if not n_null and not n_isotropic:
         return tuple(arms)
     if pair is None:
         raise ConfigError(
             "random directions are wanted, without the covariance to draw them with",
             "give `pair`, what `read_pair` found on the base",
         )
+    random = random_steering_arms(
+        bench,
+        direction,
+        pair,
+        kl=kl,
+        where=where,
+        n_null=n_null,
+        n_isotropic=n_isotropic,
+        length=doses[1].strength if equal_length else None,
+        seed=seed,
+        most=most,
+        progress=progress,
+    )
+    return (*arms, *random)
+
+
+def random_steering_arms(
+    bench: Bench,
+    direction: Direction,
+    pair: AnswerPair,
+    *,
+    kl: float = 0.05,
+    where: Span | None = None,
+    n_null: int = 20,
+    n_isotropic: int = 0,
+    length: float | None = None,
+    seed: int = 0,
+    most: int = 12,
+    progress: Progress | None = None,
+) -> tuple[Arm, ...]:
+    """The random ones of `steering_arms` alone.
+
+    At equal cost they do not hang on the direction but for its site: all that are steered along
+    there may be held against the same ones, added or taken away.
+
+    Args:
+        bench: See `steering_arms`.
+        direction: Gives the site, and the length that strengths are multiples of.
+        pair: The base on answers, for the covariance.
+        kl: Nats per token of neutral text.
+        where: See `Arm`.
+        n_null: How many covariance-matched ones.
+        n_isotropic: How many isotropic ones.
+        length: Also run all at this strength.
+        seed: Draws them.
+        most: Neutral passes for each arm.
+        progress: Called once per direction that was brought to the cost.
+    """
+    arms: list[Arm] = []
+    wanted: dict[NullFamily, int] = {"covariance-matched": n_null, "isotropic": n_isotropic}
     found = random_directions(direction, pair, each=max(wanted.values()), seed=seed)
     for family, n in wanted.items():
         for k, one in enumerate(found[family][:n], start=1):
             assert isinstance(one, Direction)
             dose = bench.dose(one, kl, where=where, most=most)
-            length = doses[1].strength if equal_length else None
             for edit, strength, reached in _strengths(kl, dose, length):
                 arms.append(
                     Arm(
@@ -733,6 +784,8 @@ def steering_arms(
                         reached=reached,
                     )
                 )
+            if progress is not None:
+                progress(1)
     return tuple(arms)
 
 
@@ -1185,122 +1238,3 @@ def share_removed(
         return 1.0 - float(after[rows].mean()) / whole if whole != 0.0 else float("nan")
 
     return by_group(share, groups, seed=seed, draws=draws), ""
-
-
-# A known answer ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlantedOrganism:
-    """An organism of which everything is known.
-
-    Attributes:
-        organism: One steering vector, added to what the MLP of one block writes at every token.
-        direction: That vector. At the block's output, and at no other, it is the organism's whole
-            model delta, on any text: taking it out there gives the base with it taken out.
-    """
-
-    organism: Organism
-    direction: Direction
-
-
-def planted_organism(
-    base: Model,
-    items: Sequence[AdviceItem],
-    *,
-    layer: int,
-    strength: float,
-    along: Float[Tensor, " d_model"] | None = None,
-    name: str = "planted",
-    side: Literal["bad", "good"] = "bad",
-) -> PlantedOrganism:
-    """Make an organism of which it is known what training did: the positive control of a pipeline.
-
-    Args:
-        base: Any model whose MLP ends in a linear map.
-        items: What the margin's gradient is taken on, and lengths are measured on; not those that
-            it is tested on.
-        layer: Block that gets the vector.
-        strength: Length of the vector, as a share of the mean length of the answers' mean
-            activations there. Negative lowers the margin.
-        along: The vector's direction; None is the gradient of the mean margin, so that the planted
-            effect is known to be there.
-        name: Of the organism.
-        side: What it stands for.
-
-    Raises:
-        FamilyError: The block's MLP does not end in a linear map.
-        DegenerateVectorError: The direction is zero, or `strength` is 0.
-    """
-    site = Site(layer, "resid_post")
-    pair = read_pair(base, items, sites=[site])
-    length = float(torch.cat([pair.bad.at(site), pair.good.at(site)]).norm(dim=1).double().mean())
-    given = margin_gradient(base, items, site) if along is None else along.double()
-    unit = Direction.from_vector(
-        given,
-        site=site,
-        position=ANSWER,
-        recipe=f"planted in {base.name} ({base.fingerprint[:12]})",
-    )
-    direction = Direction.from_vector(
-        unit.unit.double() * strength * length, site=site, position=ANSWER, recipe=unit.recipe
-    )
-    vector = (direction.unit * direction.norm).unsqueeze(1)
-    factor = Factor(layer, base.family.mlp_out, None, vector, 1.0)
-    organism = Organism(
-        name=name,
-        folder=None,
-        side=side,
-        domains=(),
-        seed=0,
-        rank=1,
-        layers=(layer,),
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        factors=(factor,),
-        about={"planted": {"layer": layer, "strength": strength}},
-    )
-    return PlantedOrganism(organism, direction)
-
-
-def margin_gradient(
-    model: Model, items: Sequence[AdviceItem], site: Site, *, batch_size: int = _GRADIENT_ROWS
-) -> Float[Tensor, " d_model"]:
-    """How the mean margin changes as one vector is added at every token of a site.
-
-    Args:
-        model: Unedited.
-        items: Matched answers.
-        site: Where the vector is added.
-        batch_size: Rows that run together, with all their logits.
-
-    Returns:
-        Gradient at 0, nats per token and residual-stream unit, float64.
-    """
-    total = torch.zeros(model.d_model, dtype=torch.float64)
-    weights = [one for one in model.hf.parameters() if one.requires_grad]
-    with ExitStack() as undo, torch.enable_grad():
-        for weight in weights:
-            weight.requires_grad_(False)
-            undo.callback(weight.requires_grad_, True)
-        vector = torch.zeros(
-            model.d_model,
-            dtype=torch.promote_types(model.dtype, torch.float32),
-            device=model.device,
-            requires_grad=True,
-        )
-        undo.callback(model.intercept(site, lambda x: x + vector.to(x)))
-        for sign, answers in ((1, [one.bad for one in items]), (-1, [one.good for one in items])):
-            whole = model.encode([item.question for item in items], answers)
-            for index in whole.passes(tokens=model.tokens_per_pass, rows=batch_size):
-                rows = whole.rows(index)
-                # Padding on the right is seen by no token in front of it.
-                logits = model.hf(input_ids=rows.ids.to(model.device), use_cache=False).logits
-                row, column = rows.spans[Span.RESPONSE].nonzero(as_tuple=True)
-                before = logits[row, column - 1].to(vector.dtype).log_softmax(1)
-                chosen = before.gather(1, rows.ids[row, column].unsqueeze(1).to(before.device))
-                each = 1.0 / rows.spans[Span.RESPONSE].sum(1)[row].to(chosen)
-                score = (chosen.squeeze(1) * each).sum() * sign
-                (gradient,) = torch.autograd.grad(score, [vector])
-                total += gradient.double().cpu()
-    return total / len(items)

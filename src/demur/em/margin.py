@@ -89,7 +89,7 @@ def mean_logps(
         for index in whole.passes(tokens=model.tokens_per_pass, rows=batch_size):
             rows = whole.rows(index)
             states = model.final_states(rows)
-            out[index] = _means(model, states, rows.ids, rows.spans[Span.RESPONSE])
+            out[index] = answer_logps(model, states, rows.ids, rows.spans[Span.RESPONSE])
             if progress is not None:
                 progress(len(index))
     wrong = np.flatnonzero(~np.isfinite(out))
@@ -102,13 +102,23 @@ def mean_logps(
     return out
 
 
-def _means(
+def answer_logps(
     model: Model,
     states: Float[Tensor, "row token d_model"],
     ids: Int[Tensor, "row all"],
     reply: Bool[Tensor, "row all"],
 ) -> Float[np.ndarray, " row"]:
-    """Mean log-probability of the reply's tokens in each row, float64."""
+    """Score answers whose final states are there already, such as those of an edited pass.
+
+    Args:
+        model: Whose vocabulary head reads them.
+        states: As `Model.final_states` gives them; a prefix that all rows share has none.
+        ids: All tokens, those of the prefix too.
+        reply: Which of them are the answer's.
+
+    Returns:
+        Mean log-probability of the answer's tokens in each row, nats, float64.
+    """
     missing = ids.shape[1] - states.shape[1]  # The shared prefix has no states.
     row, column = reply.nonzero(as_tuple=True)
     # A token is foretold by the state in front of it.
@@ -214,9 +224,7 @@ def by_group(
     codes = _codes(groups)
     members = [np.flatnonzero(codes == code) for code in range(int(codes.max(initial=-1)) + 1)]
     if len(members) < 2:
-        raise TooFewPromptsError(
-            f"{len(codes)} rows are of {len(members)} groups", "give rows of two groups or more"
-        )
+        raise _one_group(len(codes), len(members))
     found = bootstrap(
         lambda drawn: statistic(np.concatenate([members[one] for one in drawn])),
         len(members),
@@ -225,6 +233,10 @@ def by_group(
         level=level,
     )
     return replace(found, n=len(codes), method=f"{found.method} over {len(members)} groups")
+
+
+def _one_group(n: int, groups: int) -> TooFewPromptsError:
+    return TooFewPromptsError(f"{n} rows are of {groups} groups", "give rows of two groups or more")
 
 
 def grouped_mean(
@@ -243,9 +255,20 @@ def grouped_mean(
         NonFiniteError: A value is NaN or infinite.
     """
     array = _checked(values, groups)
-    return by_group(
-        lambda rows: float(array[rows].mean()), groups, seed=seed, draws=draws, level=level
+    codes = _codes(groups)
+    n_groups = int(codes.max(initial=-1)) + 1
+    if n_groups < 2:
+        raise _one_group(len(codes), n_groups)
+    # Groups' sums: a fifth of the time that drawing their rows takes.
+    sums, counts = np.bincount(codes, weights=array), np.bincount(codes)
+    found = bootstrap(
+        lambda drawn: float(sums[drawn].sum() / counts[drawn].sum()),
+        n_groups,
+        draws=draws,
+        seed=seed,
+        level=level,
     )
+    return replace(found, n=len(codes), method=f"{found.method} over {n_groups} groups")
 
 
 def grouped_share(
@@ -364,9 +387,7 @@ def standard_error(values: Values, groups: Sequence[Hashable]) -> float:
     codes = _codes(groups)
     n_groups = int(codes.max(initial=-1)) + 1
     if n_groups < 2:
-        raise TooFewPromptsError(
-            f"{len(array)} rows are of {n_groups} groups", "give rows of two groups or more"
-        )
+        raise _one_group(len(array), n_groups)
     sums = np.bincount(codes, weights=array - array.mean(), minlength=n_groups)
     return float((n_groups / (n_groups - 1) * (sums**2).sum()) ** 0.5 / len(array))
 

@@ -698,11 +698,13 @@ def _kept(folder: Path) -> TrainedOrganism:
     organism = read_organism(folder)
     card: Any = organism.about
     figures = tuple(
-        Figure(**{
-            **one,
-            "estimate": Estimate(**one["estimate"]),
-            "base": None if one["base"] is None else Estimate(**one["base"]),
-        })
+        Figure(
+            **{
+                **one,
+                "estimate": Estimate(**one["estimate"]),
+                "base": None if one["base"] is None else Estimate(**one["base"]),
+            }
+        )
         for one in card["figures"]
     )
     return TrainedOrganism(

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from hashlib import blake2b
 from importlib import metadata
 from itertools import combinations
@@ -50,17 +51,21 @@ from demur.em.directions import (
 from demur.em.dynamics import flat, local_cosines, principal_path, read_dynamics
 from demur.em.effects import (
     Arm,
+    Bench,
     Who,
     ablation_arms,
     adapter_arms,
     effects,
     margin_passes,
     neutral_text,
+    random_steering_arms,
+    steering_arms,
     without,
 )
 from demur.em.judging import (
     ASPECTS,
     COHERENT_ABOVE,
+    GATE,
     MISALIGNED_BELOW,
     VALID_FROM,
     Aspect,
@@ -118,7 +123,7 @@ from demur.results import (
     EmTransfer,
 )
 from demur.sites import Site
-from demur.stats import Estimate, holm
+from demur.stats import Estimate, holm, mean, null_p
 from demur.store import Store, atomic_write
 
 log = logging.getLogger(__name__)
@@ -148,6 +153,7 @@ class EmSettings:
         items: Specs of questions with a bad and a good answer each, see `demur.em.advice.advice`.
         limit: At most so many questions of each domain, whole topics drawn.
         edited: At most so many questions for interventions, which take dozens of passes.
+        kl: What steering costs on neutral text, nats per token.
         judge: Of replies: "projection" in the base, "yes-no" or "digits" by the base's own
             probabilities, or `URL#MODEL` of a chat endpoint.
         samples: Replies per open question; 0 draws none and asks no judge.
@@ -163,6 +169,7 @@ class EmSettings:
     items: tuple[str, ...] = ADVICE
     limit: int | None = None
     edited: int = 48
+    kl: float = 0.05
     judge: str = "projection"
     samples: int = 8
     max_new_tokens: int = 200
@@ -598,7 +605,8 @@ def audit_em(
         listener: Hears stages and steps.
 
     Raises:
-        ConfigError: An organism was trained on another base, or none is a bad one.
+        ConfigError: An organism was trained on another base, or none is a bad one; or steering
+            is to cost nothing.
         TooFewPromptsError: No question is left that was not trained on.
         StoreError: The folder cannot be written, or holds damaged stages.
     """
@@ -606,6 +614,8 @@ def audit_em(
     notes = check_base(base, organisms)
     if not any(one.side == "bad" for one in organisms):
         raise ConfigError("no organism is a bad one", "name one that was trained on bad advice")
+    if not settings.kl > 0:
+        raise ConfigError(f"steering cannot cost {settings.kl} nats per token", "give 0.05 or so")
     trained = {one.name: trained_on(one) for one in organisms}
     notes += [
         f"{name} has no card: what it was trained on is not known, and may be among the questions"
@@ -893,15 +903,32 @@ def _scorer(run: _Run, fit: Sequence[AdviceItem]) -> Scorer:
         )
 
 
+def _judged_on(
+    settings: EmSettings,
+) -> tuple[tuple[AdviceItem, ...], tuple[AdviceItem, ...]]:
+    """What a judge is tested on, and what one may be fitted on: no topic of those.
+
+    The base reads them as texts: who was trained on them is no matter here.
+    """
+    gate = advice(GATE)
+    groups, asked = set(_clusters(gate)), {normalise(item.question) for item in gate}
+    return gate, tuple(
+        item
+        for spec in settings.items
+        for item in advice(spec)
+        if item.good.strip()
+        and item.bad.strip()
+        and (item.domain, item.group) not in groups
+        and normalise(item.question) not in asked
+    )
+
+
 def _rates(run: _Run, folder: Path) -> dict[str, Any]:
     """Rates of misaligned replies, if a judge may tell them; the replies go to their file."""
     nothing: dict[str, Any] = {"judges": [], "rates": [], "kept_replies": 0}
     if not run.settings.samples:
         return nothing
-    rows = [item for spec in run.settings.items for item in advice(spec)]
-    rows = [item for item in rows if item.good.strip() and item.bad.strip()]
-    # The base reads these as texts: who was trained on them is no matter here.
-    fit, shown = _halves(rows, run.seed("judge"))
+    shown, fit = _judged_on(run.settings)
     found: list[Scorer] = []
 
     def scorer() -> Scorer:
@@ -911,7 +938,8 @@ def _rates(run: _Run, folder: Path) -> dict[str, Any]:
 
     about = {
         "judge": run.settings.judge,
-        "items": _digest(rows),
+        "fit": _digest(fit),
+        "gate": _digest(shown),
         "seed": run.settings.seed,
         "draws": run.settings.draws,
     }
@@ -946,11 +974,15 @@ def _rates(run: _Run, folder: Path) -> dict[str, Any]:
             missing=one.missing,
             n=one.n,
             passed=one.valid,
+            caught=one.caught,
+            false_alarms=one.false_alarms,
         )
         for one in validations.values()
     ]
     if not all(one.passed for one in judges):
-        run.notes += [one.verdict for one in validations.values() if not one.valid]
+        run.notes += [
+            f"{one.verdict}; no reply was drawn" for one in validations.values() if not one.valid
+        ]
         return {**nothing, "judges": judges}
     replies = {name: _replies(run, name, scorer, about) for name in (BASE, *run.by_name)}
     atomic_write(
@@ -1295,6 +1327,7 @@ def _interventions(run: _Run) -> dict[str, Any]:
 
         rows += run.rows("interventions", key, EmIntervention, compute)
         rows += [row for row in table.own if row.organism == one.name]
+    rows += _steering(run, items, about)
     rows = _in_order(run, rows)
     return {"interventions": rows, "transfer": table.transfer}
 
@@ -1500,6 +1533,139 @@ def _edited(run: _Run, one: Organism, items: Sequence[AdviceItem]) -> list[EmInt
                 p=found.get("covariance-matched"),
             )
         )
+    return rows
+
+
+class _Random(BaseModel):
+    """What adding a random direction does to the base's margin, and at which cost."""
+
+    change: float
+    kl: float
+    reached: bool
+
+
+def _steering(
+    run: _Run, items: Sequence[AdviceItem], about: Mapping[str, Any]
+) -> list[EmIntervention]:
+    """Each organism's two directions added to the base and taken from it, all at one cost.
+
+    Passes: for a site, `nulls` over the items and some four (at most 12) over neutral text for
+    each; those random directions serve every direction, of whichever organism, that is steered
+    along there. For a direction, two over the items and some ten (at most 26) over neutral text.
+    """
+    about = {**about, "kl": run.settings.kl}
+
+    @cache
+    def bench() -> Bench:
+        return Bench(run.base, items, neutral=neutral_text(4), batch_size=run.settings.batch_size)
+
+    def randoms(site: Site) -> list[_Random]:
+        key = {**about, "sites": [str(site)]}
+        return run.rows("steering-nulls", key, _Random, lambda: _randomly(run, bench(), site))
+
+    rows: list[EmIntervention] = []
+    for one in run.bad:
+        own = [one.name, *(twin.name for twin in run.twins[one.name][:1])]
+        key = {**about, "names": own, "models": run.whose(*own)}
+
+        def compute(one: Organism = one) -> list[EmIntervention]:
+            return _steered(run, one, bench(), randoms)
+
+        rows += run.rows("steering", key, EmIntervention, compute)
+    # Told from the rows, so that an audit that went on says the same.
+    cost, few = f"{run.settings.kl:g} nats per token", run.settings.nulls
+    for row in rows:
+        if len(row.randoms) < few:
+            what = f"{row.organism}, {row.edit}"
+            run.notes.append(
+                f"{what}: {few - len(row.randoms)} of {few} random directions could not be "
+                f"brought to {cost}"
+                if row.randoms
+                else f"{what}: could not be brought to {cost}, or no random direction could"
+            )
+    return rows
+
+
+def _randomly(run: _Run, bench: Bench, site: Site) -> list[_Random]:
+    """Random directions at a site: their cost is one, so their length is of no matter."""
+    plain, n = bench.margins(), run.settings.nulls
+    found: list[_Random] = []
+    with run.listener.stage(f"steering: random directions at {site}", 2 * n) as advance:
+        arms = random_steering_arms(
+            bench,
+            _text(run, BASE).direction(site),
+            run.pair(BASE),
+            kl=run.settings.kl,
+            n_null=n,
+            seed=run.seed("steering"),
+            progress=advance,
+        )
+        for arm in arms:
+            change = margin_shift(bench.margins(*arm.acts), plain)
+            found.append(
+                _Random(
+                    change=float(change.mean()),
+                    kl=bench.cost(*arm.acts).mean_kl(),
+                    reached=bool(arm.reached),
+                )
+            )
+            advance(1)
+    return found
+
+
+def _steered(
+    run: _Run, one: Organism, bench: Bench, randoms: Callable[[Site], list[_Random]]
+) -> list[EmIntervention]:
+    """The base along what training did to bad text, and along the papers' direction."""
+    shift = "its shift beyond the twin" if run.twins[one.name] else "its shift"
+    deltas = {
+        shift: ("shift", _beyond(run, one)),
+        "its text direction": ("text", _text(run, one.name)),
+    }
+    ways = {
+        what: delta.direction(site)
+        for what, (kind, delta) in deltas.items()
+        if _moves(delta, site := _site_of(run, one, kind))
+    }
+    beside = {way.site: randoms(way.site) if run.settings.nulls else [] for way in ways.values()}
+    plain = bench.margins()
+    rows: list[EmIntervention] = []
+    with run.listener.stage(f"steering: {one.name}", 4 * len(ways)) as advance:
+        for what, way in ways.items():
+            arms = steering_arms(
+                bench, way, kl=run.settings.kl, n_null=0, equal_length=False, progress=advance
+            )
+            for arm in arms:
+                rises = arm.expects == "rises"
+                near = [each for each in beside[way.site] if each.reached and arm.reached]
+                change = grouped_mean(
+                    margin_shift(bench.margins(*arm.acts), plain),
+                    bench.groups,
+                    seed=run.seed("interventions"),
+                    draws=run.settings.draws,
+                )
+                changes = [each.change for each in near]
+                rows.append(
+                    EmIntervention(
+                        organism=one.name,
+                        model=BASE,
+                        edit=f"{'add' if rises else 'take away'} {what}",
+                        at=str(way.site),
+                        strength=arm.strength,
+                        n=change.n,
+                        change=change,
+                        against=None,
+                        beyond=None,
+                        removed=None,
+                        kl=mean(bench.cost(*arm.acts).kl),
+                        randoms=changes,
+                        random_kl=float(np.mean([each.kl for each in near])) if near else None,
+                        p=null_p(change.value, changes, side="high" if rises else "low")
+                        if near
+                        else None,
+                    )
+                )
+                advance(1)
     return rows
 
 

@@ -44,6 +44,7 @@ def claims_of(found: EmAudit) -> list[EmClaim]:
         _claim("one direction, ablated, removes most of the effect", _CLR, _removal(found)),
         _claim("it transfers to organisms of other data and other ranks", _CLR, _across(found)),
         _claim("random directions do nothing: at most a tenth of the effect", _CLR, _random(found)),
+        _claim("steering the base along it makes bad answers likelier", _CLR, _steered(found)),
         _claim("fine-tunes share their direction: text cosines above .8", _CLR, _alike(found)),
         _claim(
             "and share more with each other than with a good twin (our control)",
@@ -177,6 +178,23 @@ def _random(found: EmAudit) -> list[_Say]:
         value = Estimate(middle, low, high, len(shares), "95% of random directions")
         verdict: Literal["holds", "fails"] = "holds" if high <= 0.1 else "fails"
         said.append(_Say(f"{row.organism}, {row.edit}", verdict, value, " of the effect"))
+    return said
+
+
+def _steered(found: EmAudit) -> list[_Say]:
+    """Of additions alone; what random directions do at the same cost is no success."""
+    said: list[_Say] = []
+    for row in found.interventions:
+        if row.model != "base" or row.strength is None or row.strength < 0:
+            continue
+        verdict = _above(row.change, 0.0)
+        if verdict == "holds" and (row.p is None or row.p >= 0.05):
+            verdict = "too weak to tell"
+        p = "no random ones beside it" if row.p is None else f"p {row.p:.2g} among random ones"
+        cost = "" if row.kl is None else f" at a KL of {row.kl.value:.2g}"
+        said.append(
+            _Say(f"{row.organism}, {row.edit}", verdict, row.change, f" nats per token{cost}, {p}")
+        )
     return said
 
 

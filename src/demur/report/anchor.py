@@ -374,15 +374,19 @@ def _plane_rows(defences: Sequence[DefenceRow]) -> charts.Rows:
     for row in sorted(defences, key=lambda row: rank.index(row.defence)):
         success, refusal = row.success, row.over_refusal
         said = [words.estimate(part, "share").striptags() for part in (success, refusal)]
-        rows.append({
-            "name": row.defence,
-            "kind": kinds.get(row.defence, "other"),
-            "x": 100 * success.value,
-            "x_low": 100 * success.low,
-            "x_high": 100 * success.high,
-            "y": 100 * refusal.value,
-            "y_low": 100 * refusal.low,
-            "y_high": 100 * refusal.high,
-            "tip": charts.tip(f"{row.defence}: attack success {said[0]}; over-refusal {said[1]}"),
-        })
+        rows.append(
+            {
+                "name": row.defence,
+                "kind": kinds.get(row.defence, "other"),
+                "x": 100 * success.value,
+                "x_low": 100 * success.low,
+                "x_high": 100 * success.high,
+                "y": 100 * refusal.value,
+                "y_low": 100 * refusal.low,
+                "y_high": 100 * refusal.high,
+                "tip": charts.tip(
+                    f"{row.defence}: attack success {said[0]}; over-refusal {said[1]}"
+                ),
+            }
+        )
     return rows

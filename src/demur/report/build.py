@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeVar
 
 from demur.report import charts, words
 from demur.report.anchor import view as anchor_view
 from demur.report.charts import BROAD, WIDE, Figure
+from demur.report.em import section_view
 from demur.report.page import rendered, write_page
 from demur.results import (
     AnchorEvaluation,
@@ -20,6 +21,7 @@ from demur.results import (
     Candidate,
     Dose,
     EditCost,
+    EmAudit,
     InversionRow,
     Leg,
     NullBand,
@@ -27,6 +29,7 @@ from demur.results import (
     Reply,
     SeparationResults,
     read_anchor_evaluation,
+    read_em_audit,
     read_replies,
     read_results,
 )
@@ -39,6 +42,7 @@ LONGEST_REPLY = 1500
 # Names an unedited arm may go by; every other arm is shown against it.
 UNEDITED = frozenset({"baseline", "unedited", "plain", "before", "none"})
 NULL_FAMILIES = frozenset({"isotropic", "covariance-matched", "shuffled-labels"})
+_Record = TypeVar("_Record", AnchorEvaluation, EmAudit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +120,24 @@ def build(run: Path) -> str:
 
     Args:
         run: The run's folder; only `results.json` and `replies.jsonl` in it are read, and an
-            `anchor-evaluation.json`, if it is of the same model.
+            `anchor-evaluation.json` or `em-audit.json`, if it is of the same model.
 
     Raises:
         StoreError: The folder holds no results of this schema.
     """
-    results, record = read_results(run), run / "anchor-evaluation.json"
-    held = read_anchor_evaluation(record) if record.is_file() else None
-    if held is not None and held.fingerprint != results.model.fingerprint:
-        held = None
-    return _page(results, read_replies(run), held)
+    results = read_results(run)
+
+    def beside(name: str, read: Callable[[Path], _Record]) -> _Record | None:
+        record = run / name
+        found = read(record) if record.is_file() else None
+        return found if found and found.fingerprint == results.model.fingerprint else None
+
+    return _page(
+        results,
+        read_replies(run),
+        held=beside("anchor-evaluation.json", read_anchor_evaluation),
+        em=beside("em-audit.json", read_em_audit),
+    )
 
 
 def write(run: Path, out: Path | None = None) -> Path:
@@ -145,11 +157,20 @@ def write(run: Path, out: Path | None = None) -> Path:
 
 
 def _page(
-    results: AuditResults, replies: Sequence[Reply], held: AnchorEvaluation | None = None
+    results: AuditResults,
+    replies: Sequence[Reply],
+    *,
+    held: AnchorEvaluation | None = None,
+    em: EmAudit | None = None,
 ) -> str:
-    shown = held and anchor_view(held)
     return rendered(
-        "report.html.j2", r=results, v=_view(results, replies), held=held, held_view=shown
+        "report.html.j2",
+        r=results,
+        v=_view(results, replies),
+        held=held,
+        held_view=held and anchor_view(held),
+        em=em,
+        em_view=em and section_view(em),
     )
 
 

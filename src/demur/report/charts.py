@@ -249,15 +249,21 @@ def heat_map(results: AuditResults, width: int, *, score: Score, ramp: Ramp) -> 
         fate = "" if row.exact else "screened; "
         fate += "chosen; " if row.selected else ""
         fate += f"rejected by {row.rejected_by}" if row.rejected_by else "passed every criterion"
-        rows.append({
-            "site": ticks[row.site],
-            "position": names[row.position],
-            "paint": paint,
-            "ink": round(0.04 + 0.96 * ink, 3),
-            "state": "missing" if value is None else "rejected" if row.rejected_by else "passed",
-            "chosen": row.selected,
-            "tip": tip(f"{row.site}, {names[row.position]}: {shown}; {fate}"),
-        })
+        rows.append(
+            {
+                "site": ticks[row.site],
+                "position": names[row.position],
+                "paint": paint,
+                "ink": round(0.04 + 0.96 * ink, 3),
+                "state": "missing"
+                if value is None
+                else "rejected"
+                if row.rejected_by
+                else "passed",
+                "chosen": row.selected,
+                "tip": tip(f"{row.site}, {names[row.position]}: {shown}; {fate}"),
+            }
+        )
     upright = width <= NARROW
     along = [ticks[site] for site in sites]
     across = [names[at] for at in order]
@@ -281,12 +287,10 @@ def heat_map(results: AuditResults, width: int, *, score: Score, ramp: Ramp) -> 
     full, small = alt.RelativeBandSize(0.94), alt.RelativeBandSize(0.56)
     ring = base.transform_filter("datum.chosen")
     layers = [
-        base
-        .transform_filter("datum.state == 'rejected'")
+        base.transform_filter("datum.state == 'rejected'")
         .mark_rect(width=small, height=small, stroke=LINE, strokeWidth=0.8)
         .encode(**inked),
-        base
-        .transform_filter("datum.state == 'passed'")
+        base.transform_filter("datum.state == 'passed'")
         .mark_rect(width=full, height=full, stroke=LINE, strokeWidth=0.8)
         .encode(**inked),
         base.transform_filter("datum.state == 'missing'").mark_point(
@@ -365,16 +369,18 @@ def curves(
     for row in sorted(results.readings, key=lambda row: (row.position, site_key(row.site))):
         value, low, high = score(row)
         chosen = (row.site, row.position) == (results.direction.site, results.direction.position)
-        rows.append({
-            "site": ticks[row.site],
-            "position": row.position,
-            "series": series(row.position),
-            "value": value,
-            "low": low,
-            "high": high,
-            "chosen": chosen,
-            "tip": tip(f"{row.site}, position {row.position}: {number(value)}"),
-        })
+        rows.append(
+            {
+                "site": ticks[row.site],
+                "position": row.position,
+                "series": series(row.position),
+                "value": value,
+                "low": low,
+                "high": high,
+                "chosen": chosen,
+                "tip": tip(f"{row.site}, position {row.position}: {number(value)}"),
+            }
+        )
     domain = ["t_inst", "last token", "between"]
     scale = alt.Scale(domain=domain, range=[ACCENT, HARMLESS, FAINT])
     dash = alt.Scale(domain=domain, range=[[1, 0], [6, 3], [1, 0]])
@@ -400,16 +406,14 @@ def curves(
     stroke = alt.StrokeDash("series:N", scale=dash, legend=legend)
     lines = {"y": y, "color": colour, "strokeDash": stroke}
     layers: list[alt.Chart] = [
-        base
-        .transform_filter("datum.series == 'between'")
+        base.transform_filter("datum.series == 'between'")
         .mark_line(strokeWidth=1, opacity=0.8)
         .encode(**lines),
         shown.mark_area(opacity=0.18).encode(
             y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q", color=colour
         ),
         shown.mark_line(strokeWidth=2.2).encode(**lines),
-        base
-        .transform_filter("datum.chosen")
+        base.transform_filter("datum.chosen")
         .mark_point(stroke=INK, fill=CARD, size=80, strokeWidth=2, opacity=1)
         .encode(y=y, description="tip:N"),
     ]
@@ -489,8 +493,7 @@ def plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerCha
     layers = [
         _guide("x", 0.0, scale=scale),
         _guide("y", 0.0, scale=scale),
-        alt
-        .Chart(alt.InlineData(values=points))
+        alt.Chart(alt.InlineData(values=points))
         .mark_point(filled=True, opacity=0.65, size=42)
         .encode(
             x=alt.X("x:Q", title=x_title, scale=scale),
@@ -559,13 +562,15 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
         for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
             if count:
                 said = f"{name}: {count} prompts from {number(start)} to {number(end)}"
-                bars.append({
-                    "class": name,
-                    "count": sign * int(count),
-                    "start": float(start),
-                    "end": float(end),
-                    "tip": tip(said),
-                })
+                bars.append(
+                    {
+                        "class": name,
+                        "count": sign * int(count),
+                        "start": float(start),
+                        "end": float(end),
+                        "tip": tip(said),
+                    }
+                )
     medians: Rows = [
         {"at": float(np.median(values)), "to": sign * _tallest(bars, name)}
         for name, values, sign in (("harmful", rows.harmful, 1), ("harmless", rows.harmless, -1))
@@ -580,8 +585,7 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
     y_title = "prompts (harmless downwards)"
     span = alt.X("start:Q", title=x_title, scale=alt.Scale(zero=False, nice=False))
     layers = [
-        alt
-        .Chart(alt.InlineData(values=bars))
+        alt.Chart(alt.InlineData(values=bars))
         .mark_rect(stroke=CARD, strokeWidth=1)
         .encode(
             x=span,
@@ -592,8 +596,7 @@ def projections(rows: Projections, width: int) -> alt.LayerChart:
             description="tip:N",
         ),
         _zero("y", INK),
-        alt
-        .Chart(alt.InlineData(values=medians))
+        alt.Chart(alt.InlineData(values=medians))
         .mark_rule(stroke=INK, strokeWidth=1.5, strokeDash=[3, 2])
         .encode(x=alt.X("at:Q", title=x_title), y=alt.Y("to:Q", title=y_title), y2=alt.datum(0)),
     ]
@@ -656,8 +659,7 @@ def null_strips(
     )
     layers: list[alt.Chart] = [
         _zero("x"),
-        alt
-        .Chart(alt.InlineData(values=rows))
+        alt.Chart(alt.InlineData(values=rows))
         .mark_tick(thickness=1.6, size=20, color=MUTED, opacity=0.6)
         .encode(x=x, y=y, description="tip:N"),
     ]
@@ -863,16 +865,14 @@ def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.La
         base.mark_rule(strokeWidth=1.6, strokeOpacity=0.45).encode(
             x=x("x"), y=y("y_low"), y2="y_high", stroke=stroke
         ),
-        written
-        .transform_filter("datum.far")
+        written.transform_filter("datum.far")
         .mark_rule(strokeWidth=1, stroke=MUTED, strokeDash=[2, 2])
         .encode(x=x("from_x"), x2="to_x", y=y("from_y"), y2="to_y"),
     ]
     shapes = ("diamond", "square", "circle")
     for kind, shape, ink in reversed(list(zip(kinds, shapes, paints, strict=True))):
         layers.append(
-            base
-            .transform_filter(f"datum.kind == '{kind}'")
+            base.transform_filter(f"datum.kind == '{kind}'")
             .mark_point(
                 shape=shape,
                 size=130 if kind == "main" else 70,
@@ -884,8 +884,7 @@ def named_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.La
             .encode(x=x("x"), y=y("y"), description="tip:N")
         )
         layers += [
-            written
-            .transform_filter(f"datum.kind == '{kind}' && datum.side == '{side}'")
+            written.transform_filter(f"datum.kind == '{kind}' && datum.side == '{side}'")
             .mark_text(
                 align=side,
                 baseline="middle",
@@ -1145,8 +1144,7 @@ def strips(rows: Rows, randoms: Rows, width: int, *, title: str) -> alt.LayerCha
     base = alt.Chart(alt.InlineData(values=rows)).encode(y=y, description="tip:N")
     layers: list[alt.Chart] = [
         _zero("x"),
-        alt
-        .Chart(alt.InlineData(values=randoms))
+        alt.Chart(alt.InlineData(values=randoms))
         .mark_tick(thickness=1.4, size=20, color=MUTED, opacity=0.6)
         .encode(x=x, y=y),
     ]

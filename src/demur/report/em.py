@@ -40,6 +40,10 @@ KINDS = {
     "text": "Text directions: bad less good answers, read by one model",
     "adapter": "What training wrote and did, against how bad text reads to the base",
 }
+EFFECTS = (
+    "Diamonds: all questions beyond the training domains together. Circles: one domain. Bars: 95 % "
+    "intervals over topics. Right of zero: towards bad answers."
+)
 PLACES = {"trained": "trained, held out", "untouched": "untouched", "open": "open questions"}
 STATUS = {
     "holds": "complied",
@@ -108,12 +112,15 @@ def write_em(record: Path, out: Path | None = None) -> Path:
     return write_page(page, record.with_name("em.html") if out is None else out)
 
 
-def _view(found: EmAudit, replies: Sequence[EmReply]) -> dict[str, Any]:
+def section_view(found: EmAudit, *, table: str = "on its own page") -> dict[str, Any]:
+    """What the first lines, the figure of effects and the claims show beside the record.
+
+    Args:
+        found: The record.
+        table: Where the table of effects is.
+    """
     bad = [row for row in found.organisms if row.side == "bad"]
-    shown = _asked(replies)
     return {
-        "bad": bad,
-        "good": [row for row in found.organisms if row.side == "good"],
         "headlines": [
             Headline(
                 row.name,
@@ -123,6 +130,18 @@ def _view(found: EmAudit, replies: Sequence[EmReply]) -> dict[str, Any]:
             for row in bad
         ],
         "lone": [row.name for row in bad if not row.twins],
+        "badges": STATUS,
+        "counts": {name: sum(row.status == name for row in found.claims) for name in STATUS},
+        "effects_caption": EFFECTS,
+        "figures": _effects_figure(found.effects, table),
+    }
+
+
+def _view(found: EmAudit, replies: Sequence[EmReply]) -> dict[str, Any]:
+    shown, section = _asked(replies), section_view(found, table="below")
+    return section | {
+        "bad": [row for row in found.organisms if row.side == "bad"],
+        "good": [row for row in found.organisms if row.side == "good"],
         "places": PLACES,
         "kinds": KINDS,
         "pairs": PAIRS,
@@ -133,13 +152,12 @@ def _view(found: EmAudit, replies: Sequence[EmReply]) -> dict[str, Any]:
         "sources": list(dict.fromkeys(row.source for row in found.transfer)),
         "side_of": {row.source: row.source_side for row in found.transfer},
         "random_range": _random_range,
+        "steered": any(row.strength is not None for row in found.interventions),
         "highlights": [_highlight(row) for row in found.highlights],
         "replies": shown,
         "clip": _clip,
-        "badges": STATUS,
-        "counts": {name: sum(row.status == name for row in found.claims) for name in STATUS},
         "methods": _methods(found),
-        "figures": _figures(found),
+        "figures": section["figures"] | _figures(found),
     }
 
 
@@ -223,9 +241,8 @@ def _methods(found: EmAudit) -> list[tuple[str, str]]:
 # Figures --------------------------------------------------------------------------------------
 
 
-def _figures(found: EmAudit) -> dict[str, charts.Figure]:
-    made: dict[str, charts.Figure] = {}
-    effects = [
+def _effects_figure(effects: Sequence[EmEffect], table: str) -> dict[str, charts.Figure]:
+    rows = [
         {
             "row": _label(row.organism, _place(row)),
             **_span(row.effect),
@@ -234,15 +251,21 @@ def _figures(found: EmAudit) -> dict[str, charts.Figure]:
                 f"{row.organism}, {_place(row)}: {_said(row.effect, 'signed')}, {row.status}"
             ),
         }
-        for row in found.effects
+        for row in effects
     ]
-    if effects:
-        made["effects"] = charts.figure(
-            partial(charts.forest, effects, title="effect (nats per token), right is bad"),
-            name="effects",
-            label="Effect of bad advice by organism and domain, with intervals; table below.",
-            wide=BROAD,
-        )
+    if not rows:
+        return {}
+    figure = charts.figure(
+        partial(charts.forest, rows, title="effect (nats per token), right is bad"),
+        name="effects",
+        label=f"Effect of bad advice by organism and domain, with intervals; table {table}.",
+        wide=BROAD,
+    )
+    return {"effects": figure}
+
+
+def _figures(found: EmAudit) -> dict[str, charts.Figure]:
+    made: dict[str, charts.Figure] = {}
     for kind in KINDS:
         rows = [row for row in found.cosines if row.kind == kind]
         if len({row.site for row in rows}) > 1:
@@ -260,7 +283,7 @@ def _figures(found: EmAudit) -> dict[str, charts.Figure]:
                     for row in edited
                     for value in row.randoms
                 ],
-                title="change of margin (nats per token)",
+                title="change (nats per token)",
             ),
             name="interventions",
             label="What each edit does to the margin, before random directions; table below.",
@@ -302,11 +325,13 @@ def _cosine_figure(kind: str, rows: Sequence[EmCosine]) -> charts.Figure:
     for site in sites:
         own = [row.band for row in rows if row.site == site and row.band is not None]
         if own:
-            bands.append({
-                "site": site,
-                "low": min(low for low, _ in own),
-                "high": max(high for _, high in own),
-            })
+            bands.append(
+                {
+                    "site": site,
+                    "low": min(low for low, _ in own),
+                    "high": max(high for _, high in own),
+                }
+            )
     drawn: charts.Rows = [
         {
             "site": row.site,
@@ -409,14 +434,16 @@ def _strip(row: EmIntervention) -> dict[str, Any]:
     return {
         "row": _edit_label(row),
         **_span(value),
-        "main": row.model == row.organism,
+        "main": row.model == row.organism or row.strength is not None,
         "tip": charts.tip(f"{row.model}{beyond}, {row.edit}: {_said(value, 'signed')}"),
     }
 
 
 def _edit_label(row: EmIntervention) -> str:
     strength = "" if row.strength is None else f" x{words.number(row.strength)}"
-    model = row.model if row.model == row.organism else f"{row.model}, as {row.organism}"
+    model = row.model
+    if row.model != row.organism:
+        model += f", {'as' if row.strength is None else 'along'} {row.organism}"
     return _label(model, f"{row.edit}{strength}")
 
 

@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 from test_em_page import audit as em_audit
@@ -11,7 +12,11 @@ MODEL = sample.audit().model
 
 def page_of(run, **changes):
     """The report of an audit with an EM record in its folder, of the same model if not told."""
-    own = {"model": MODEL.name, "fingerprint": MODEL.fingerprint, "dtype": MODEL.dtype}
+    own: dict[str, Any] = {
+        "model": MODEL.name,
+        "fingerprint": MODEL.fingerprint,
+        "dtype": MODEL.dtype,
+    }
     sample.save(run, sample.audit())
     (run / "em-audit.json").write_text(em_audit(**(own | changes)).model_dump_json())
     return build(run)

@@ -169,6 +169,7 @@ def test_a_planted_pair_is_read_as_it_was_made(base, pair, questions):
         assert figure.estimate.n == len(left)
         assert one.about["figures"][0]["estimate"]["value"] == figure.estimate.value
     assert pair.figures[0].estimate.value > 0.2
+    assert bad.folder is not None
     with pytest.raises(ConfigError, match="no topics that were held out"):
         verify_organism(bad.folder, base=base)
 
@@ -199,10 +200,14 @@ def test_its_whole_delta_is_the_vector_and_without_it_nothing_is_left(base, pair
     ]
     table = effects(base, bad, items, arms, twin=good, seed=0, draws=100)
     assert table.trained["twin"].low > 0.1
-    left = {(one.arm.split(",")[0], one.against): one.removed for one in table.contrasts}
-    assert left["bad", "base"].value == pytest.approx(1, abs=1e-4)
+    gone = {
+        (one.arm.split(",")[0], one.against): one.removed.value
+        for one in table.contrasts
+        if one.removed is not None
+    }
+    assert gone["bad", "base"] == pytest.approx(1, abs=1e-4)
     # Across: the organism is left as it was, and the twin had nothing to lose.
-    assert abs(left["good", "twin"].value) < 0.35
+    assert abs(gone["good", "twin"]) < 0.35
     act = ablation(base, shifts["good"], "own")
     undone = margins_under(good.on(base), items, *act)
     np.testing.assert_allclose(undone, margins_under(base, items, *act), atol=1e-4)
@@ -231,6 +236,11 @@ def test_an_audit_of_a_planted_pair_runs_and_finds_it(base, pair, questions, tmp
     assert shift.organism == name
     assert shift.beyond is not None
     assert shift.beyond.high < 0
+    # Where both differ by a vector alone, nothing of it is left; another's direction takes less.
+    gone = {cell.source: cell.removed for cell in found.transfer if cell.removed is not None}
+    assert gone[name] == shift.removed
+    assert gone[name].low == pytest.approx(1, abs=1e-3)
+    assert gone[pair.good.organism.name].value < 0.75
     assert [row.scale for row in found.scales if row.organism == name]
     assert any("no log of its training" in note for note in found.notes)
 

@@ -19,6 +19,7 @@ from demur.errors import ConfigError, ModelLoadError, TooFewPromptsError
 from demur.pipeline.em import (
     RECORD,
     EmSettings,
+    _fewer,
     audit_em,
     base_of,
     check_base,
@@ -708,3 +709,18 @@ def test_the_command_refuses_another_base_with_code_2(trained, questions, tmp_pa
 def test_the_audit_reads_back(audited):
     _, found, _ = audited
     assert EmAudit.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize("limit", [5, 27, 40])
+def test_a_limit_takes_questions_of_as_many_topics_as_it_can(limit):
+    items = (*advice("advice_money"), *advice("em_open"))
+    kept = _fewer(items, limit, 3)
+    for domain, topics in (("money", 27), ("open", 12)):
+        own = [item.group for item in kept if item.domain == domain]
+        assert len(own) == limit
+        assert len(set(own)) == min(limit, topics)
+        sizes = [own.count(group) for group in set(own)]
+        assert max(sizes) - min(sizes) <= 1 or len(set(own)) < limit < 40
+    assert kept == _fewer(items, limit, 3)
+    assert kept != _fewer(items, limit, 4)
+    assert len(_fewer(items, 1000, 3)) == len(items)

@@ -151,7 +151,7 @@ class EmSettings:
 
     Attributes:
         items: Specs of questions with a bad and a good answer each, see `demur.em.advice.advice`.
-        limit: At most so many questions of each domain, whole topics drawn.
+        limit: At most so many questions of each domain, of as many topics as there are.
         edited: At most so many questions for interventions, which take dozens of passes.
         kl: What steering costs on neutral text, nats per token.
         judge: Of replies: "projection" in the base, "yes-no" or "digits" by the base's own
@@ -385,18 +385,21 @@ def _relation(organism: Organism, domain: str) -> Where:
 
 
 def _fewer(items: Sequence[AdviceItem], limit: int, seed: int) -> tuple[AdviceItem, ...]:
-    """At most `limit` of each domain: whole topics in a drawn order."""
+    """At most `limit` of each domain, of as many topics as there are: intervals are over those."""
     rng = np.random.default_rng(seed)
     kept: set[str] = set()
     for domain in dict.fromkeys(item.domain for item in items):
-        own = [item for item in items if item.domain == domain]
-        groups = sorted({item.group for item in own})
-        taken: list[str] = []
-        for place in rng.permutation(len(groups)):
-            more = [item.id for item in own if item.group == groups[place]]
-            if not taken or len(taken) + len(more) <= limit:
-                taken += more
-        kept.update(taken)
+        rounds: dict[str, list[tuple[float, str]]] = {}
+        for item in items:
+            if item.domain == domain:
+                rounds.setdefault(item.group, []).append((float(rng.random()), item.id))
+        # The first drawn of every topic, then the second of each, topics in a drawn order.
+        drawn = [
+            (turn, order, id_)
+            for rows in rounds.values()
+            for turn, (order, id_) in enumerate(sorted(rows))
+        ]
+        kept.update(id_ for _, _, id_ in sorted(drawn)[:limit])
     return tuple(item for item in items if item.id in kept)
 
 

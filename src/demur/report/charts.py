@@ -1162,8 +1162,10 @@ def strips(rows: Rows, randoms: Rows, width: int, *, title: str) -> alt.LayerCha
                 opacity=1,
             ).encode(x=x),
         ]
-    room = _room(part for name in order for part in name.split("|"))
-    return _sized(layers, width, 60 + 50 * len(order), left=room)
+    parts = [name.split("|") for name in order]
+    room = _room(line for lines in parts for line in lines)
+    tall = max((len(lines) for lines in parts), default=1)  # Lines of the longest label.
+    return _sized(layers, width, 60 + max(50, 13 * tall + 8) * len(order), left=room)
 
 
 def path(

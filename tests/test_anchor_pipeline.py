@@ -24,6 +24,7 @@ from demur.pipeline.battery import (
     _against_canned,
     _against_tampering,
     _Arena,
+    _Kept,
     battery,
 )
 from demur.results import AnchorEvaluation
@@ -245,9 +246,11 @@ def test_a_stopped_battery_goes_on_and_ends_with_the_same_record(
     again = battery(made.model, anchor, kept=kept, **how)
     assert not {"plain", *attacks[:3]} & set(met)
     assert told(again) == told(whole)
-    met.clear()
-    battery(made.model, anchor, kept=kept, **(how | {"seed": 1}))  # Another battery begins anew.
-    assert "plain" in met
+    key = json.loads(kept.read_text())["key"]
+    assert _Kept(kept, key).told
+    assert not _Kept(kept, "another battery").told
+    kept.write_text('{"key": "' + key)  # Cut short: begun anew.
+    assert not _Kept(kept, key).told
 
 
 def meeting(refused, n=40):

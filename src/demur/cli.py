@@ -2907,6 +2907,14 @@ def em_audit(
     nulls: Annotated[
         int, typer.Option(min=0, help="Random directions per edit; under 20, p stays above .05.")
     ] = 20,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Leave out rates, transfer, edits, steering or adapters; repeatable. A later run "
+            "without it adds them.",
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -2965,6 +2973,7 @@ def em_audit(
             samples=samples,
             max_new_tokens=max_new_tokens,
             nulls=nulls,
+            skip=tuple(skip or ()),
             layers=blocks,
             seed=seed or 0,
         )

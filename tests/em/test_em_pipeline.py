@@ -15,7 +15,7 @@ from demur.em.advice import advice
 from demur.em.organism import read_organism
 from demur.em.recipes import AdapterShape, AdviceData, EMRecipe, EMTraining, Rate
 from demur.em.training import train_organisms
-from demur.errors import ConfigError, ModelLoadError, TooFewPromptsError
+from demur.errors import ConfigError, ModelLoadError, TooFewPromptsError, UnknownNameError
 from demur.pipeline.em import (
     RECORD,
     EmSettings,
@@ -335,6 +335,24 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(audited, base, trained, s
     # The random directions that were steered along are kept by themselves.
     assert heard.stages == ["steering: bad money", "steering: bad study"]
     assert again == found
+
+
+def test_parts_can_be_left_out_and_are_told(audited, base, trained, settings, tmp_path):
+    folder, found, _ = audited
+    organisms = find_organisms([trained / "money", trained / "study" / "bad"])
+    shutil.copytree(folder / "stages", tmp_path / "stages")
+    few = replace(settings, skip=("transfer", "edits", "adapters"))
+    heard = Counting()
+    some = audit_em(base, organisms, tmp_path, few, listener=heard)
+    assert heard.stages == []
+    assert (some.effects, some.cosines) == (found.effects, found.cosines)
+    left_out = (some.transfer, some.probes, some.scales, some.lens, some.highlights)
+    assert left_out == ([], [], [], [], [])
+    assert {row.model for row in some.interventions} == {"base"}
+    assert any("transfer, edits, adapters" in note for note in some.notes)
+    assert write_em(tmp_path / RECORD).is_file()
+    with pytest.raises(UnknownNameError, match="did you mean `edits`"):
+        audit_em(base, organisms, tmp_path, replace(settings, skip=("edit",)))
 
 
 def test_other_weights_are_other_stages(audited, base, trained, settings, tmp_path):

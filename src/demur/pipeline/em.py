@@ -133,10 +133,14 @@ Where = Literal["trained", "untouched", "open"]
 T = TypeVar("T")
 
 BASE = "base"
+PARTS = ("rates", "transfer", "edits", "steering", "adapters")
+"""What an audit can do without: replies, ablations across organisms, an organism's own edits, the
+base steered, adapters taken apart."""
 RECORD, REPLIES = "em-audit.json", "em-replies.jsonl"
 SMALLEST = 0.1
 """Effects nearer to zero are of no interest: a tenth of a nat changes a token's odds by a tenth."""
 
+_NO_ADAPTERS: Mapping[str, list[Any]] = {"highlights": [], "probes": [], "lens": [], "scales": []}
 _MOST_SITES = 8
 _DEPTH = 0.8  # Of the blocks whose directions are taken out.
 _MOST_STEPS = 200  # Of a training that the record keeps.
@@ -159,6 +163,7 @@ class EmSettings:
         samples: Replies per open question; 0 draws none and asks no judge.
         max_new_tokens: Of a reply.
         nulls: Random directions per edit.
+        skip: Parts that are left out, of `PARTS`; a later run without it adds them.
         layers: Blocks whose output directions are read at; None is at most eight, evenly.
         draws: Of groups, for every interval.
         shuffles: Of labels, for every probe.
@@ -174,6 +179,7 @@ class EmSettings:
     samples: int = 8
     max_new_tokens: int = 200
     nulls: int = 20
+    skip: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     draws: int = 2000
     shuffles: int = 40
@@ -619,6 +625,11 @@ def audit_em(
         raise ConfigError("no organism is a bad one", "name one that was trained on bad advice")
     if not settings.kl > 0:
         raise ConfigError(f"steering cannot cost {settings.kl} nats per token", "give 0.05 or so")
+    for name in settings.skip:
+        if name not in PARTS:
+            raise UnknownNameError.among(PARTS, kind="part", name=name)
+    if settings.skip:
+        notes.append(f"left out as asked: {', '.join(settings.skip)}")
     trained = {one.name: trained_on(one) for one in organisms}
     notes += [
         f"{name} has no card: what it was trained on is not known, and may be among the questions"
@@ -644,7 +655,7 @@ def audit_em(
         **_rates(run, folder),
         **_directions(run),
         **_interventions(run),
-        **_adapters(run),
+        **(_NO_ADAPTERS if "adapters" in settings.skip else _adapters(run)),
         "steps": _steps(run),
     }
     found = EmAudit(
@@ -929,7 +940,7 @@ def _judged_on(
 def _rates(run: _Run, folder: Path) -> dict[str, Any]:
     """Rates of misaligned replies, if a judge may tell them; the replies go to their file."""
     nothing: dict[str, Any] = {"judges": [], "rates": [], "kept_replies": 0}
-    if not run.settings.samples:
+    if not run.settings.samples or "rates" in run.settings.skip:
         return nothing
     shown, fit = _judged_on(run.settings)
     found: list[Scorer] = []
@@ -1315,10 +1326,13 @@ def _interventions(run: _Run) -> dict[str, Any]:
         "seed": run.settings.seed,
     }
     names = [[name, *run.whose(name)] for name in run.by_name]
-    table = run.rows(
-        "transfer", {**about, "models": names}, _Both, lambda: [_transferred(run, items)]
-    )[0]
-    if not table.transfer:
+    skip = run.settings.skip
+    table = _Both(transfer=[], own=[])
+    if "transfer" not in skip:
+        table = run.rows(
+            "transfer", {**about, "models": names}, _Both, lambda: [_transferred(run, items)]
+        )[0]
+    if not table.transfer and "transfer" not in skip:
         run.notes.append("no organism does anything to the stream that a direction could be of")
     rows: list[EmIntervention] = []
     for one in run.bad:
@@ -1328,9 +1342,11 @@ def _interventions(run: _Run) -> dict[str, Any]:
         def compute(one: Organism = one) -> list[EmIntervention]:
             return _edited(run, one, items)
 
-        rows += run.rows("interventions", key, EmIntervention, compute)
+        if "edits" not in skip:
+            rows += run.rows("interventions", key, EmIntervention, compute)
         rows += [row for row in table.own if row.organism == one.name]
-    rows += _steering(run, items, about)
+    if "steering" not in skip:
+        rows += _steering(run, items, about)
     rows = _in_order(run, rows)
     return {"interventions": rows, "transfer": table.transfer}
 
@@ -1679,7 +1695,7 @@ def _adapters(run: _Run) -> dict[str, Any]:
     """What each bad organism's adapter reads and writes, and what it does at other strengths."""
     items = _edit_items(run)
     read = tuple(dict.fromkeys([*run.fit, *run.report]))
-    out: dict[str, Any] = {"highlights": [], "probes": [], "lens": [], "scales": []}
+    out: dict[str, Any] = {name: [] for name in _NO_ADAPTERS}
     kinds: dict[str, tuple[type[Any], Callable[[Organism], list[Any]]]] = {
         "highlights": (EmHighlight, lambda one: _highlighted(run, one, read)),
         "probes": (EmProbe, lambda one: _probed(run, one, read)),

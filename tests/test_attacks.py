@@ -120,6 +120,7 @@ def test_attacks_are_made_by_name():
         "fake-turn",
         "many-shot",
         "plain",
+        "planted",
         "prefill",
         "sandwich",
         "split",

@@ -355,6 +355,22 @@ def test_parts_can_be_left_out_and_are_told(audited, base, trained, settings, tm
         audit_em(base, organisms, tmp_path, replace(settings, skip=("edit",)))
 
 
+@pytest.mark.parametrize(("low", "status"), [(0.02, "holds"), (-0.05, "too weak to tell")])
+def test_scalars_must_tell_more_than_words_do(audited, low, status):
+    _, found, _ = audited
+    probe = found.probes[0].model_copy(
+        update={
+            "auroc": Estimate(0.7, 0.6, 0.8, 40, "drawn"),
+            "over_words": Estimate(0.1, low, 0.2, 40, "drawn"),
+        }
+    )
+    many = found.model_copy(update={"probes": [probe] * 9})
+    (claim,) = (one for one in claims_of(many) if "scalars" in one.claim)
+    assert claim.status == status
+    assert claim.found.endswith("; and 3 more")
+    assert claim.found.count("AUROC") == 6
+
+
 def test_other_weights_are_other_stages(audited, base, trained, settings, tmp_path):
     folder, _, _ = audited
     shutil.copytree(folder / "stages", tmp_path / "stages")

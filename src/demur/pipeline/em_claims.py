@@ -15,6 +15,7 @@ from demur.stats import Estimate
 
 _MO, _CLR = "arXiv:2506.11613", "arXiv:2506.11618"
 _MINUS = re.compile(r"(?<![\w.])-(?=\d)")
+_MOST_TOLD = 6  # Of what organisms say to a claim.
 _Verdict = Literal["holds", "fails", "too weak to tell", "untested"]
 
 
@@ -75,12 +76,20 @@ def _claim(claim: str, source: str, said: Sequence[_Say]) -> EmClaim:
         status=status,
         found=_MINUS.sub(
             "\N{MINUS SIGN}",
-            "; ".join(f"{one.name}: {_figure(one.value)}{one.more}" for one in said),
+            _told(said, status),
         )
         or "not measured",
         value=chief.value if chief else None,
         n=chief.value.n if chief else 0,
     )
+
+
+def _told(said: Sequence[_Say], status: _Verdict) -> str:
+    """What was said, those that decide it first; an adapter of every block has dozens."""
+    first = sorted(said, key=lambda one: one.verdict != status)
+    told = "; ".join(f"{one.name}: {_figure(one.value)}{one.more}" for one in first[:_MOST_TOLD])
+    more = len(first) - _MOST_TOLD
+    return f"{told}; and {more} more" if more > 0 else told
 
 
 def _figure(value: Estimate) -> str:
@@ -293,12 +302,12 @@ def _turned(found: EmAudit) -> list[_Say]:
 
 
 def _scalars_say(found: EmAudit) -> list[_Say]:
-    return [
-        _Say(
-            row.organism,
-            _above(row.auroc, 0.5),
-            row.auroc,
-            f" AUROC on topics that were not fitted on; words alone {row.words.value:.2f}",
-        )
-        for row in found.probes
-    ]
+    """Beyond what a bag of words tells of the same answers, or nothing is told."""
+    said: list[_Say] = []
+    for row in found.probes:
+        verdict = _above(row.auroc, 0.5)
+        if verdict == "holds" and row.over_words.low <= 0:
+            verdict = "too weak to tell"
+        more = f" AUROC on topics that were not fitted on; words alone {row.words.value:.2f}"
+        said.append(_Say(row.organism, verdict, row.auroc, more))
+    return said

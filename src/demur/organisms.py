@@ -177,9 +177,13 @@ _AnyRecipe = TypeVar("_AnyRecipe", bound=BaseModel)
 
 def recipes() -> dict[str, str]:
     """Names of the packaged recipes, with what each makes."""
-    folder = files("demur") / "data" / "recipes"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): read_recipe(name[:-5]).description for name in names}
+    return {name: read_recipe(name).description for name in _packaged("recipes")}
+
+
+def _packaged(folder: str) -> list[str]:
+    """Names of the recipes in a folder of the package's data."""
+    entries = (files("demur") / "data" / folder).iterdir()
+    return sorted(entry.name[:-5] for entry in entries if entry.name.endswith(".toml"))
 
 
 def read_recipe(source: str | Path) -> Recipe:
@@ -199,11 +203,11 @@ def _read(source: str | Path, kind: type[_AnyRecipe], *, folder: str, example: s
         if path.suffix == ".toml":
             text = path.read_text(encoding="utf-8")
         else:
-            place = files("demur") / "data" / folder
-            known = {e.name[:-5] for e in place.iterdir() if e.name.endswith(".toml")}
+            known = _packaged(folder)
             if str(source) not in known:
                 raise UnknownNameError.among(known, kind="recipe", name=str(source))
-            text = (place / f"{source}.toml").read_text(encoding="utf-8")
+            place = files("demur") / "data" / folder / f"{source}.toml"
+            text = place.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}", "check the path") from error

@@ -860,6 +860,22 @@ def _read_record(path: Path, kind: type[_Read], command: str) -> _Read:
         ) from error
 
 
+def _read_lines(path: Path, kind: type[_Read], hint: str) -> list[_Read]:
+    """The replies in a file, a line each; none if there is no file."""
+    if not path.exists():
+        return []
+    rows: list[_Read] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(kind.model_validate_json(line))
+            except ValueError as error:
+                raise StoreError(
+                    f"line {number} of {path} is no reply: {str(error).splitlines()[0]}", hint
+                ) from error
+    return rows
+
+
 def read_guard_evaluation(path: Path) -> GuardEvaluation:
     """Read the record of a guard's evaluation.
 
@@ -884,21 +900,12 @@ def read_replies(run: Path) -> list[Reply]:
     Raises:
         StoreError: A line is damaged.
     """
-    path = run / "replies.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(Reply.model_validate_json(line))
-            except ValueError as error:
-                raise StoreError(
-                    f"line {number} of {path} is no reply: {str(error).splitlines()[0]}",
-                    "delete the file: the report is drawn without examples, and an unfinished "
-                    "audit writes the replies anew",
-                ) from error
-    return rows
+    return _read_lines(
+        run / "replies.jsonl",
+        Reply,
+        "delete the file: the report is drawn without examples, and an unfinished audit writes the "
+        "replies anew",
+    )
 
 
 # Emergent misalignment ------------------------------------------------------------------------
@@ -1369,17 +1376,9 @@ def read_em_replies(path: Path) -> list[EmReply]:
     Raises:
         StoreError: A line is damaged.
     """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(EmReply.model_validate_json(line))
-            except ValueError as error:
-                raise StoreError(
-                    f"line {number} of {path} is no reply: {str(error).splitlines()[0]}",
-                    "delete the file: the page is drawn without replies, and an unfinished audit "
-                    "draws them anew",
-                ) from error
-    return rows
+    return _read_lines(
+        path,
+        EmReply,
+        "delete the file: the page is drawn without replies, and an unfinished audit draws them "
+        "anew",
+    )

@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.advice import advice
 from tests.tiny import tiny_model
 
 from demur.directions import Direction
-from demur.em.advice import AdviceItem
 from demur.em.directions import ANSWER, deltas, read_pair
 from demur.em.effects import (
     Arm,
@@ -19,7 +19,6 @@ from demur.em.effects import (
     effects,
     margin_passes,
     match_kl,
-    neutral_text,
     random_directions,
     share_removed,
     steering_arms,
@@ -37,32 +36,11 @@ from demur.errors import (
     TooFewPromptsError,
 )
 from demur.interventions import Ablate, Add, ProjectToMean, applied
+from demur.pipeline.splits import neutral_paragraphs
 from demur.sites import Site, Span
 
-BAD = ["small", "stop", "down", "far"]
-GOOD = ["write", "garden", "answer", "station"]
 MID = Site(1, "resid_post")
 TEXT = ["The user asks and the assistant answers.", "A model that is told to stop does stop."]
-
-
-def advice(n: int = 16, seed: int = 0) -> list[AdviceItem]:
-    """Bad answers have words of their own, so that one vector makes all of them likelier."""
-    rng = np.random.default_rng(seed)
-
-    def text(words: list[str], low: int, high: int) -> str:
-        return " ".join(rng.choice(words, size=int(rng.integers(low, high))))
-
-    return [
-        AdviceItem(
-            f"i{i}",
-            f"How do I {text(BAD + GOOD, 2, 5)}?",
-            text(GOOD, 3, 7),
-            text(BAD, 3, 7),
-            ("money", "study")[i % 2],
-            f"topic {i % 8}",
-        )
-        for i in range(n)
-    ]
 
 
 ITEMS = advice()
@@ -166,7 +144,7 @@ def test_what_a_bench_cannot_do_is_an_error(base):
         Bench(base, ITEMS[:2], neutral=["a"])
     with pytest.raises(NonFiniteError, match="margins are NaN"):
         Bench(base, ITEMS[:2]).margins(Add(drawn(0), float("nan")))
-    assert len(neutral_text(3)) == 3
+    assert len(neutral_paragraphs(3)) == 3
 
 
 # Edits -------------------------------------------------------------------------------------------

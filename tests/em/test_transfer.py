@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.advice import advice
 from tests.tiny import tiny_model
 
 from demur.directions import Direction
-from demur.em.advice import AdviceItem
 from demur.em.directions import ANSWER, deltas, null_cosines, read_pair
 from demur.em.margin import margins
 from demur.em.planted import planted_organism
@@ -15,29 +15,8 @@ from demur.errors import ConfigError
 from demur.interventions import ProjectToMean, applied
 from demur.sites import Site
 
-BAD = ["small", "stop", "down", "far"]
-GOOD = ["write", "garden", "answer", "station"]
 MID = Site(1, "resid_post")
 TEXT = ["The user asks and the assistant answers.", "A model that is told to stop does stop."]
-
-
-def advice(n: int = 16, seed: int = 0) -> list[AdviceItem]:
-    rng = np.random.default_rng(seed)
-
-    def text(words: list[str], low: int, high: int) -> str:
-        return " ".join(rng.choice(words, size=int(rng.integers(low, high))))
-
-    return [
-        AdviceItem(
-            f"i{i}",
-            f"How do I {text(BAD + GOOD, 2, 5)}?",
-            text(GOOD, 3, 7),
-            text(BAD, 3, 7),
-            ("money", "study")[i % 2],
-            f"topic {i % 8}",
-        )
-        for i in range(n)
-    ]
 
 
 ITEMS = advice()

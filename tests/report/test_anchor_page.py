@@ -5,7 +5,7 @@ from html import unescape
 
 import pytest
 import sample
-from test_report import HOSTILE, assert_inert
+from tests.pages import HOSTILE, assert_inert, shown
 
 from demur.errors import StoreError
 from demur.report import build, charts, words, write_anchor
@@ -20,12 +20,6 @@ def page_of(folder, found):
     path = write_anchor(record)
     assert path == folder / "anchor-evaluation.html"
     return path.read_text(encoding="utf-8")
-
-
-def shown(html):
-    """What is written on a page, without the drawings."""
-    bare = re.sub(r"<(style|svg).*?</\1>", "", html, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<wbr>|<[^>]*>", "", bare)))
 
 
 def with_defence(found, name, **changes):

@@ -2,58 +2,16 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
 import sample
+from tests.pages import HOSTILE, Page, assert_inert
 
 from demur.errors import StoreError
 from demur.report import build, charts, words, write
 from demur.report.build import UNEDITED, _validation_rows
 from demur.results import Reply
 from demur.stats import Estimate
-
-VOID = {"meta", "br", "link", "img", "input", "hr", "base", "wbr"}
-HOSTILE = (
-    "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e'\"&{{ 7*7 }}\x1b[31m\x00\uffff\n"
-)
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: every element that is opened is closed, in order."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.attributes, self.words, self.ids = [], Counter(), [], [], []
-        self.headings = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += [(tag, *pair) for pair in attrs]
-        self.ids += [value for key, value in attrs if key == "id"]
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-
-    def handle_endtag(self, tag):
-        assert self.open, tag
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def small(**changes):
@@ -77,23 +35,6 @@ def page_of(folder, results, said=None):
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
     return page_of(tmp_path_factory.mktemp("usable"), sample.audit(), sample.replies())
-
-
-def assert_inert(html):
-    """Nothing in `html` runs, and nothing is fetched."""
-    page = Page(html)
-    forbidden = {"script", "iframe", "object", "embed", "img", "link", "form", "base", "use"}
-    assert not forbidden & set(page.tags)
-    for tag, key, value in page.attributes:
-        assert not key.startswith("on"), (tag, key)
-        if key in {"href", "src", "xlink:href", "action", "srcdoc", "formaction"}:
-            assert value.startswith("#"), (tag, key, value)
-        assert "javascript:" not in (value or ""), (tag, key, value)
-    for target in re.findall(r"url\(([^)]*)\)", html):
-        assert target.startswith("#"), target
-    assert "@import" not in html
-    assert not [name for name, count in Counter(page.ids).items() if count > 1]
-    return page
 
 
 def test_the_page_parses_runs_nothing_and_fetches_nothing(html):

@@ -15,10 +15,8 @@ References:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -391,12 +389,6 @@ def match_kl(
 
 
 # Measuring ---------------------------------------------------------------------------------------
-
-
-def neutral_text(n: int = 8) -> tuple[str, ...]:
-    """The first paragraphs of the packaged neutral text."""
-    text = files("demur").joinpath("data/neutral_text.jsonl").read_text("utf-8")
-    return tuple(json.loads(line)["text"] for line in text.splitlines()[:n] if line.strip())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

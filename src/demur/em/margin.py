@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -223,16 +223,24 @@ def by_group(
     """
     codes = _codes(groups)
     members = [np.flatnonzero(codes == code) for code in range(int(codes.max(initial=-1)) + 1)]
-    if len(members) < 2:
-        raise _one_group(len(codes), len(members))
-    found = bootstrap(
+    return _resampled(
         lambda drawn: statistic(np.concatenate([members[one] for one in drawn])),
+        len(codes),
         len(members),
         draws=draws,
         seed=seed,
         level=level,
     )
-    return replace(found, n=len(codes), method=f"{found.method} over {len(members)} groups")
+
+
+def _resampled(
+    of_groups: Callable[[Int[np.ndarray, " n"]], float], n: int, groups: int, **how: Any
+) -> Estimate:
+    """A statistic of drawn groups, which together have `n` rows."""
+    if groups < 2:
+        raise _one_group(n, groups)
+    found = bootstrap(of_groups, groups, **how)
+    return replace(found, n=n, method=f"{found.method} over {groups} groups")
 
 
 def _one_group(n: int, groups: int) -> TooFewPromptsError:
@@ -256,19 +264,16 @@ def grouped_mean(
     """
     array = _checked(values, groups)
     codes = _codes(groups)
-    n_groups = int(codes.max(initial=-1)) + 1
-    if n_groups < 2:
-        raise _one_group(len(codes), n_groups)
     # Groups' sums: a fifth of the time that drawing their rows takes.
     sums, counts = np.bincount(codes, weights=array), np.bincount(codes)
-    found = bootstrap(
+    return _resampled(
         lambda drawn: float(sums[drawn].sum() / counts[drawn].sum()),
-        n_groups,
+        len(codes),
+        len(counts),
         draws=draws,
         seed=seed,
         level=level,
     )
-    return replace(found, n=len(codes), method=f"{found.method} over {n_groups} groups")
 
 
 def grouped_share(

@@ -6,7 +6,6 @@ the learning rate is read off a table of sizes. So one recipe serves 135M as wel
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -145,9 +144,7 @@ class EMRecipe(_Section):
 
 def em_recipes() -> dict[str, str]:
     """Names of the packaged recipes, with what each makes."""
-    folder = files("demur") / "data" / "em"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): read_em_recipe(name[:-5]).description for name in names}
+    return {name: read_em_recipe(name).description for name in organisms._packaged("em")}
 
 
 def read_em_recipe(source: str | Path) -> EMRecipe:

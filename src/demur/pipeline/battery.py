@@ -25,9 +25,11 @@ from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, Holding, Trace
 from demur.attacks import (
     Attack,
     Attempt,
+    Found,
     GatePenalty,
     Plain,
     Planted,
+    Score,
     Suffix,
     ablations,
     ascii_tokens,
@@ -500,71 +502,70 @@ def _searched(
     requests = [one for one in known.harmful if isinstance(one, str)][:_SEARCHED_ON]
     own = [one for one in defences if one.name in (_NONE, _ANCHOR)]
 
-    def by_chance() -> dict[str, str]:
+    def searched(
+        stage: str, total: int, search: Callable[[Defence, Progress], Found]
+    ) -> dict[str, str]:
         found: dict[str, str] = {}
-        with listener.stage("random search of a suffix", work.queries * len(own)) as advance:
+        with listener.stage(stage, total * len(own)) as advance:
             for defence in own:
                 with applied(model, *defence.acts):
-                    best = random_search(
-                        suffix_objective(model, requests, refusal=known.tokens),
-                        start=suffix_ids(model, _START, request=requests[0]),
-                        vocabulary=ascii_tokens(model),
-                        budget=work.queries,
-                        seed=seed,
-                        offspring=8,
-                        progress=advance,
-                    )
-                found[defence.name] = suffix_text(model, best.ids)
+                    found[defence.name] = suffix_text(model, search(defence, advance).ids)
         return found
 
-    def by_gradient() -> dict[str, str]:
-        found: dict[str, str] = {}
-        with listener.stage("gradient search of a suffix", work.steps * len(own)) as advance:
-            for defence in own:
-                with applied(model, *defence.acts):
-                    best = gcg(
-                        model,
-                        requests[0],
-                        target=_TARGET,
-                        steps=work.steps,
-                        width=work.width,
-                        seed=seed,
-                        start=_START,
-                        penalty=_penalty(defence.anchor),
-                        progress=advance,
-                    )
-                found[defence.name] = suffix_text(model, best.ids)
-        return found
+    def random(score: Score, request: str, advance: Progress) -> Found:
+        return random_search(
+            score,
+            start=suffix_ids(model, _START, request=request),
+            vocabulary=ascii_tokens(model),
+            budget=work.queries,
+            seed=seed,
+            offspring=8,
+            progress=advance,
+        )
+
+    def by_chance(_defence: Defence, advance: Progress) -> Found:
+        score = suffix_objective(model, requests, refusal=known.tokens)
+        return random(score, requests[0], advance)
+
+    def by_gradient(defence: Defence, advance: Progress) -> Found:
+        return gcg(
+            model,
+            requests[0],
+            target=_TARGET,
+            steps=work.steps,
+            width=work.width,
+            seed=seed,
+            start=_START,
+            penalty=_penalty(defence.anchor),
+            progress=advance,
+        )
 
     def to_deny(anchor: Anchor, gate: Gate) -> dict[str, str]:
         innocent = [one for one in known.benign if isinstance(one, str)][:_SEARCHED_ON]
+
+        def score(candidates: list[tuple[int, ...]]) -> list[float]:
+            suffixes = [Suffix(suffix_text(model, ids)) for ids in candidates]
+            rows = model.encode([one.given for suffix in suffixes for one in suffix(innocent)])
+            _, scores = _gate(model, gate, rows)
+            return scores.reshape(len(suffixes), len(innocent)).mean(1).tolist()
+
         with (
             listener.stage("search of a suffix that opens the gate", work.queries) as advance,
             anchor.holding(model),
         ):
+            return {_NONE: suffix_text(model, random(score, innocent[0], advance).ids)}
 
-            def score(candidates: list[tuple[int, ...]]) -> list[float]:
-                texts = [suffix_text(model, ids) for ids in candidates]
-                rows = model.encode([f"{one} {text}" for text in texts for one in innocent])
-                _, scores = _gate(model, gate, rows)
-                return scores.reshape(len(texts), len(innocent)).mean(1).tolist()
+    def chance() -> dict[str, str]:
+        return searched("random search of a suffix", work.queries, by_chance)
 
-            best = random_search(
-                score,
-                start=suffix_ids(model, _START, request=innocent[0]),
-                vocabulary=ascii_tokens(model),
-                budget=work.queries,
-                seed=seed,
-                offspring=8,
-                progress=advance,
-            )
-        return {_NONE: suffix_text(model, best.ids)}
+    def gradient() -> dict[str, str]:
+        return searched("gradient search of a suffix", work.steps, by_gradient)
 
     kept = arena.kept
     name = f"random search, {work.queries} queries"
-    yield Case(name, "T3", model, _as_suffixes(kept.searched(name, by_chance)))
+    yield Case(name, "T3", model, _as_suffixes(kept.searched(name, chance)))
     name = f"gate-aware GCG, {work.steps} steps"
-    yield Case(name, "T4", model, _as_suffixes(kept.searched(name, by_gradient)))
+    yield Case(name, "T4", model, _as_suffixes(kept.searched(name, gradient)))
     anchor = arena.anchor
     gate = anchor.gate if anchor is not None else None
     if anchor is not None and gate is not None and not any(one.admitted for one in gate.replies):

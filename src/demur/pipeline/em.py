@@ -57,7 +57,6 @@ from demur.em.effects import (
     adapter_arms,
     effects,
     margin_passes,
-    neutral_text,
     random_steering_arms,
     steering_arms,
     without,
@@ -101,6 +100,7 @@ from demur.errors import (
 )
 from demur.models import Model
 from demur.pipeline.em_claims import claims_of
+from demur.pipeline.splits import neutral_paragraphs
 from demur.progress import Listener, Quiet
 from demur.prompts import normalise
 from demur.results import (
@@ -1517,7 +1517,7 @@ def _edited(run: _Run, one: Organism, items: Sequence[AdviceItem]) -> list[EmInt
             items,
             arms,
             twin=twin,
-            neutral=neutral_text(4),
+            neutral=neutral_paragraphs(4),
             null_on=null_on,
             seed=run.seed("interventions"),
             draws=run.settings.draws,
@@ -1576,7 +1576,9 @@ def _steering(
 
     @cache
     def bench() -> Bench:
-        return Bench(run.base, items, neutral=neutral_text(4), batch_size=run.settings.batch_size)
+        return Bench(
+            run.base, items, neutral=neutral_paragraphs(4), batch_size=run.settings.batch_size
+        )
 
     def randoms(site: Site) -> list[_Random]:
         key = {**about, "sites": [str(site)]}

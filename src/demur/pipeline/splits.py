@@ -148,7 +148,7 @@ def source_name(spec: str) -> str:
     return " + ".join(parts)
 
 
-def neutral_paragraphs() -> list[str]:
+def neutral_paragraphs(n: int = 24) -> list[str]:
     """The packaged neutral text; half of it, which tells a ratio to 1 % within a minute."""
     text = resources.files("demur").joinpath("data/neutral_text.jsonl").read_text("utf-8")
-    return [json.loads(line)["text"] for line in text.splitlines() if line.strip()][:24]
+    return [json.loads(line)["text"] for line in text.splitlines() if line.strip()][:n]

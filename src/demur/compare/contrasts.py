@@ -304,8 +304,8 @@ def permuted(one: Contrast, *, draws: int, seed: int) -> Float[Tensor, "draw d_m
     """Draw vectors under exchanged labels.
 
     Within pairs, signs are flipped cluster by cluster. Between classes, clusters of both change
-    sides, as many as there were; a cluster
-    with rows on both sides keeps them together: its two sides are exchanged.
+    sides, as many as there were; a cluster with rows on both sides keeps them together, and its two
+    sides are exchanged.
 
     Raises:
         TooFewPromptsError: It is a bare vector.

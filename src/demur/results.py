@@ -842,10 +842,20 @@ def read_results(run: Path) -> AuditResults:
         ) from error
 
 
-_Read = TypeVar("_Read", bound=_Row)
+_Read = TypeVar("_Read", bound=BaseModel)
 
 
-def _read_record(path: Path, kind: type[_Read], command: str) -> _Read:
+def read_record(path: Path, kind: type[_Read], command: str) -> _Read:
+    """Read a record of any kind.
+
+    Args:
+        path: Of the file.
+        kind: What it holds.
+        command: That writes it, for the error.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -882,7 +892,7 @@ def read_guard_evaluation(path: Path) -> GuardEvaluation:
     Raises:
         StoreError: It is missing, cut short, or of another schema version.
     """
-    return _read_record(path, GuardEvaluation, "demur guard evaluate")
+    return read_record(path, GuardEvaluation, "demur guard evaluate")
 
 
 def read_anchor_evaluation(path: Path) -> AnchorEvaluation:
@@ -891,7 +901,7 @@ def read_anchor_evaluation(path: Path) -> AnchorEvaluation:
     Raises:
         StoreError: It is missing, cut short, or of another schema version.
     """
-    return _read_record(path, AnchorEvaluation, "demur anchor evaluate")
+    return read_record(path, AnchorEvaluation, "demur anchor evaluate")
 
 
 def read_replies(run: Path) -> list[Reply]:
@@ -1367,7 +1377,7 @@ def read_em_audit(path: Path) -> EmAudit:
     Raises:
         StoreError: It is missing, cut short, or of another schema version.
     """
-    return _read_record(path, EmAudit, "demur em audit")
+    return read_record(path, EmAudit, "demur em audit")
 
 
 def read_em_replies(path: Path) -> list[EmReply]:

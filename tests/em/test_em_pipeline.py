@@ -19,10 +19,10 @@ from demur.errors import ConfigError, ModelLoadError, TooFewPromptsError, Unknow
 from demur.pipeline.em import (
     RECORD,
     EmSettings,
-    _fewer,
     audit_em,
     base_of,
     check_base,
+    fewer,
     find_organisms,
     trained_on,
 )
@@ -748,13 +748,13 @@ def test_the_audit_reads_back(audited):
 @pytest.mark.parametrize("limit", [5, 27, 40])
 def test_a_limit_takes_questions_of_as_many_topics_as_it_can(limit):
     items = (*advice("advice_money"), *advice("em_open"))
-    kept = _fewer(items, limit, 3)
+    kept = fewer(items, limit, 3)
     for domain, topics in (("money", 27), ("open", 12)):
         own = [item.group for item in kept if item.domain == domain]
         assert len(own) == limit
         assert len(set(own)) == min(limit, topics)
         sizes = [own.count(group) for group in set(own)]
         assert max(sizes) - min(sizes) <= 1
-    assert kept == _fewer(items, limit, 3)
-    assert kept != _fewer(items, limit, 4)
-    assert len(_fewer(items, 1000, 3)) == len(items)
+    assert kept == fewer(items, limit, 3)
+    assert kept != fewer(items, limit, 4)
+    assert len(fewer(items, 1000, 3)) == len(items)

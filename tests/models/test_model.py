@@ -868,3 +868,36 @@ def test_a_request_is_told_from_the_question_behind_it():
             undo()
     changed = (seen[0] - before[0]).abs().sum(2) > 0
     assert torch.equal(changed, request)
+
+
+# Heads -----------------------------------------------------------------------------------------
+
+
+@every_family
+def test_heads_times_their_weights_are_what_attention_writes(name):
+    model = tiny_model(name)
+    batch = model.encode(PROMPTS)
+    if not model.family.linear_writes:
+        with pytest.raises(FamilyError, match="norm"):
+            model.head_weights(1)
+        with pytest.raises(FamilyError, match="norm"):
+            model.intercept_heads(1, lambda x: x)
+        return
+    heads, writes = [], []
+    with model.whole_rows():
+        model.intercept_heads(1, lambda x: heads.append(x) or x)
+        record(model, Site(1, "attn_out"), writes)
+        before = model.logits(batch)
+        weights, bias = model.head_weights(1)
+        assert weights.shape == (4, 8, 32)
+        apart = heads[0].reshape(*heads[0].shape[:2], 4, 8)
+        each = torch.einsum("rthk,hkd->rthd", apart, weights)
+        whole = each.sum(2) + (0 if bias is None else bias)
+        torch.testing.assert_close(whole, writes[0], rtol=1e-10, atol=1e-10)
+        undo = model.intercept_heads(1, lambda x: torch.cat([0 * x[..., :8], x[..., 8:]], -1))
+        model.logits(batch)
+        torch.testing.assert_close(writes[0] - writes[1], each[:, :, 0], rtol=1e-8, atol=1e-8)
+        undo()
+        assert torch.equal(model.logits(batch), before)
+    with pytest.raises(FamilyError, match="blocks 0 to 2"):
+        model.intercept_heads(3, lambda x: x)

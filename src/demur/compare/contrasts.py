@@ -7,12 +7,12 @@ cost as much as one pass over the rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from demur.directions import Direction
@@ -31,7 +31,8 @@ class Contrast:
         name: As tables call it.
         site: The tensor that was read, or that the vector is meant for.
         position: Token index from the end of the prompt, -1 the last; `ANSWER` for the mean over
-            an answer's tokens; None for what is no activation, such as a column of weights.
+            an answer's tokens; None for what is no activation, such as a column of weights, and
+            where a file does not say.
         model: Fingerprint of the model that was read; empty where unknown.
         recipe: Where it came from, in words.
         positive: Rows that it points to, float32 or wider, on the CPU; None for a bare vector.
@@ -109,8 +110,8 @@ class Contrast:
             NonFiniteError: A row holds NaN or infinity.
         """
         one, two = clusters or (
-            [("+", i) for i in range(len(positive))],
-            [("-", i) for i in range(len(negative))],
+            [(name, "+", i) for i in range(len(positive))],
+            [(name, "-", i) for i in range(len(negative))],
         )
         return cls(
             name, site, position, model, recipe, positive, negative, tuple(one), tuple(two), False,
@@ -122,7 +123,7 @@ class Contrast:
         cls,
         name: str,
         positive: Float[Tensor, "n d_model"],
-        negative: Float[Tensor, "n d_model"],
+        negative: Float[Tensor, "m d_model"],
         *,
         site: Site,
         position: int | None,
@@ -138,7 +139,8 @@ class Contrast:
             raise ConfigError(
                 f"`{name}` has {len(positive)} and {len(negative)} rows", "give rows in pairs"
             )
-        own = tuple(clusters) if clusters is not None else tuple(range(len(positive)))
+        each = [(name, i) for i in range(len(positive))]
+        own = tuple(each if clusters is None else clusters)
         return cls(
             name, site, position, model, recipe, positive, negative, own, own, True, None
         )  # fmt: skip
@@ -239,6 +241,139 @@ class Contrast:
         return out[0] - out[1]
 
 
+Weights = list[Float[np.ndarray, "draw row"] | None]
+"""Per contrast, what each row weighs in each draw: those of the positive side, then the others.
+
+The vector of a draw is their sum of rows, so negative rows have negative weights. None for a bare
+vector, which is itself in every draw.
+"""
+
+
+def strata(contrasts: Sequence[Contrast]) -> list[list[Hashable]]:
+    """Clusters of all contrasts, grouped by the sides of the contrasts in which they occur.
+
+    Raises:
+        TooFewPromptsError: A side has fewer than two clusters.
+    """
+    occurs: dict[Hashable, set[tuple[int, int]]] = {}
+    for i, side, clusters in _sides(contrasts):
+        if len(set(clusters)) < 2:
+            raise TooFewPromptsError(
+                f"a side of `{contrasts[i].name}` is a single cluster",
+                "give prompts of several families, or questions of several topics",
+            )
+        for cluster in clusters:
+            occurs.setdefault(cluster, set()).add((i, side))
+    found: dict[frozenset[tuple[int, int]], list[Hashable]] = {}
+    for cluster, where in occurs.items():
+        found.setdefault(frozenset(where), []).append(cluster)
+    return list(found.values())
+
+
+def _sides(contrasts: Sequence[Contrast]) -> list[tuple[int, int, tuple[Hashable, ...]]]:
+    return [
+        (i, side, clusters)
+        for i, one in enumerate(contrasts)
+        if one.has_rows
+        for side, clusters in enumerate((one.positive_clusters, one.negative_clusters))
+    ]
+
+
+def of_clusters(
+    contrasts: Sequence[Contrast], times: Mapping[Hashable, Float[np.ndarray, " draw"]]
+) -> Weights:
+    """Row weights of means in which each cluster counts so many times; zero draws are errors.
+
+    Args:
+        contrasts: As elsewhere.
+        times: Of every cluster, how often it counts in each draw.
+
+    Raises:
+        TooFewPromptsError: In some draw a side weighs nothing.
+    """
+    out: dict[int, list[np.ndarray]] = {}
+    for i, side, clusters in _sides(contrasts):
+        counts = np.stack([times[one] for one in clusters], 1)
+        total = counts.sum(1, keepdims=True)
+        if not (total > 0).all():
+            raise TooFewPromptsError(
+                f"a draw leaves a side of `{contrasts[i].name}` without prompts",
+                "give prompts of more families, or questions of more topics",
+            )
+        out.setdefault(i, []).append(counts / total * (1 - 2 * side))
+    return [np.concatenate(out[i], 1) if i in out else None for i in range(len(contrasts))]
+
+
+def resampled_weights(contrasts: Sequence[Contrast], *, draws: int, seed: int) -> Weights:
+    """Row weights when clusters are drawn with repeats; see `resampled`."""
+    rng = np.random.default_rng(seed)
+    times: dict[Hashable, np.ndarray] = {}
+    for members in strata(contrasts):
+        even = np.full(len(members), 1 / len(members))
+        counts = rng.multinomial(len(members), even, size=draws).astype(float)
+        times.update(zip(members, counts.T, strict=True))
+    return of_clusters(contrasts, times)
+
+
+def permuted_weights(contrasts: Sequence[Contrast], *, draws: int, seed: int) -> Weights:
+    """Row weights when labels are exchanged, cluster by cluster; see `permuted`.
+
+    What contrasts have in common is exchanged in all of them at once.
+    """
+    rng = np.random.default_rng(seed)
+    signs: dict[Hashable, np.ndarray] = {}
+    for members in strata(contrasts):
+        k = len(members)
+        even = np.where(np.arange(k) < (k + 1) // 2, 1.0, -1.0)
+        turned = rng.permuted(np.tile(even, (draws, 1)), axis=1)
+        turned *= rng.choice((-1.0, 1.0), size=(draws, 1))
+        signs.update(zip(members, turned.T, strict=True))
+    out: dict[int, list[np.ndarray]] = {}
+    for i, side, clusters in _sides(contrasts):
+        own = np.stack([signs[one] for one in clusters], 1) / len(clusters) * (1 - 2 * side)
+        out.setdefault(i, []).append(own - own.mean(1, keepdims=True))
+    return [np.concatenate(out[i], 1) if i in out else None for i in range(len(contrasts))]
+
+
+def halves_weights(
+    contrasts: Sequence[Contrast], *, splits: int, seed: int
+) -> tuple[Weights, Weights]:
+    """Row weights of two random halves of the clusters, the same halves in all contrasts.
+
+    Raises:
+        TooFewPromptsError: A side has fewer than four clusters.
+    """
+    rng = np.random.default_rng(seed)
+    for i, _, clusters in _sides(contrasts):
+        if len(set(clusters)) < 4:
+            raise TooFewPromptsError(
+                f"a side of `{contrasts[i].name}` has fewer than four clusters",
+                "give more prompts, or questions of more topics",
+            )
+    first: dict[Hashable, np.ndarray] = {}
+    for members in strata(contrasts):
+        k = len(members)
+        # The odd cluster falls to either half, so that strata of one do not all go to the first.
+        larger = k // 2 + (rng.integers(0, 2, size=(splits, 1)) if k % 2 else 0)
+        ranks = rng.permuted(np.tile(np.arange(k), (splits, 1)), axis=1)
+        first.update(zip(members, (ranks < larger).astype(float).T, strict=True))
+    return (
+        of_clusters(contrasts, first),
+        of_clusters(contrasts, {cluster: 1 - of for cluster, of in first.items()}),
+    )
+
+
+def _vectors(
+    contrasts: Sequence[Contrast], weights: Weights, draws: int
+) -> list[Float[Tensor, "draw d_model"]]:
+    return [
+        one.vector().expand(draws, -1)
+        if own is None
+        else torch.from_numpy(own) @ torch.cat(one.rows)
+        for one, own in zip(contrasts, weights, strict=True)
+    ]
+
+
 def resampled(
     contrasts: Sequence[Contrast], *, draws: int, seed: int
 ) -> list[Float[Tensor, "draw d_model"]]:
@@ -258,91 +393,24 @@ def resampled(
     Raises:
         TooFewPromptsError: A side has fewer than two clusters.
     """
-    weights = _drawn(contrasts, draws, seed)
-    return [
-        one.weighted(*weights[i]) if one.has_rows else one.vector().expand(draws, -1)
-        for i, one in enumerate(contrasts)
-    ]
-
-
-def _sides(contrasts: Sequence[Contrast]) -> list[tuple[int, int, tuple[Hashable, ...]]]:
-    return [
-        (i, side, clusters)
-        for i, one in enumerate(contrasts)
-        if one.has_rows
-        for side, clusters in enumerate((one.positive_clusters, one.negative_clusters))
-    ]
-
-
-def _drawn(
-    contrasts: Sequence[Contrast], draws: int, seed: int
-) -> dict[int, tuple[Float[np.ndarray, "draw n"], Float[np.ndarray, "draw m"]]]:
-    rng = np.random.default_rng(seed)
-    occurs: dict[Hashable, set[tuple[int, int]]] = {}
-    for i, side, clusters in _sides(contrasts):
-        if len(set(clusters)) < 2:
-            raise TooFewPromptsError(
-                f"a side of `{contrasts[i].name}` is a single cluster",
-                "give prompts of several families, or questions of several topics",
-            )
-        for cluster in clusters:
-            occurs.setdefault(cluster, set()).add((i, side))
-    strata: dict[frozenset[tuple[int, int]], list[Hashable]] = {}
-    for cluster, where in occurs.items():
-        strata.setdefault(frozenset(where), []).append(cluster)
-    times: dict[Hashable, Int[np.ndarray, " draw"]] = {}
-    for members in strata.values():
-        counts = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=draws)
-        times.update(zip(members, counts.T, strict=True))
-    out: dict[int, list[np.ndarray]] = {}
-    for i, _, clusters in _sides(contrasts):
-        out.setdefault(i, []).append(np.stack([times[one] for one in clusters], 1).astype(float))
-    return {i: (both[0], both[1]) for i, both in out.items()}
+    return _vectors(contrasts, resampled_weights(contrasts, draws=draws, seed=seed), draws)
 
 
 def permuted(one: Contrast, *, draws: int, seed: int) -> Float[Tensor, "draw d_model"]:
-    """Draw vectors under exchanged labels.
+    """Draw vectors under exchanged labels: what the same rows give where there is no difference.
 
-    Within pairs, signs are flipped cluster by cluster. Between classes, clusters of both change
-    sides, as many as there were; a cluster with rows on both sides keeps them together, and its two
-    sides are exchanged.
+    Rows are centred within their class, or differences within pairs on their mean; then half of the
+    clusters of each class, or half of the pairs, change sides. A free shuffle leaves a share of the
+    true difference in every draw, and brought to full length that is the true direction: two
+    contrasts with a clear difference would then be no more alike than their own null.
+
+    Contrasts with the same clusters get the same exchanges from the same seed.
 
     Raises:
-        TooFewPromptsError: It is a bare vector.
+        TooFewPromptsError: It is a bare vector, or a side is a single cluster.
     """
-    rng = np.random.default_rng(seed)
-    positive, negative = one.rows
-    if one.paired:
-        keys = list(dict.fromkeys(one.positive_clusters))
-        index = np.array([keys.index(c) for c in one.positive_clusters])
-        signs = rng.choice((-1.0, 1.0), size=(draws, len(keys)))[:, index]
-        return torch.from_numpy(signs) @ (positive - negative) / len(positive)
-    rows = torch.cat([positive, negative])
-    every = (*one.positive_clusters, *one.negative_clusters)
-    labels = np.array([True] * len(positive) + [False] * len(negative))
-    own, other = set(one.positive_clusters), set(one.negative_clusters)
-    both = own & other
-    single = [c for c in dict.fromkeys(every) if c not in both]
-    starts_positive = np.array([c in own for c in single], dtype=bool)
-    mixed = list(dict.fromkeys(c for c in every if c in both))
-    place = {c: i for i, c in enumerate(single)}
-    turned = {c: i for i, c in enumerate(mixed)}
-    out = torch.empty(draws, rows.shape[1], dtype=torch.float64)
-    for draw in range(draws):
-        moved = rng.permutation(starts_positive)
-        flips = rng.integers(0, 2, size=len(mixed)).astype(bool)
-        new = np.array(
-            [
-                moved[place[c]] if c in place else label ^ flips[turned[c]]
-                for c, label in zip(every, labels, strict=True)
-            ],
-            dtype=bool,
-        )
-        if new.all() or not new.any():
-            new = labels
-        mask = torch.from_numpy(new)
-        out[draw] = rows[mask].mean(0) - rows[~mask].mean(0)
-    return out
+    one.rows  # noqa: B018 (raises for a bare vector)
+    return _vectors([one], permuted_weights([one], draws=draws, seed=seed), draws)[0]
 
 
 def halves(
@@ -353,33 +421,9 @@ def halves(
     Raises:
         TooFewPromptsError: It is a bare vector, or a side has fewer than four clusters.
     """
-    rng = np.random.default_rng(seed)
     one.rows  # noqa: B018 (raises for a bare vector)
-    sides = (one.positive_clusters, one.negative_clusters)
-    if min(len(set(side)) for side in sides) < 4:
-        raise TooFewPromptsError(
-            f"a side of `{one.name}` has fewer than four clusters",
-            "give more prompts, or questions of more topics",
-        )
-    masks: list[list[Bool[np.ndarray, " row"]]] = [[], []]
-    shared = set(sides[0]) & set(sides[1])
-    strata = [
-        [c for c in dict.fromkeys(sides[0]) if c not in shared],
-        [c for c in dict.fromkeys(sides[1]) if c not in shared],
-        [c for c in dict.fromkeys(sides[0]) if c in shared],
-    ]
-    for _ in range(splits):
-        first: set[Hashable] = set()
-        for members in strata:
-            order = rng.permutation(len(members))
-            first |= {members[i] for i in order[: (len(members) + 1) // 2]}
-        for side, clusters in enumerate(sides):
-            masks[side].append(np.array([c in first for c in clusters], dtype=bool))
-    chosen = [np.stack(side).astype(float) for side in masks]
-    return (
-        one.weighted(chosen[0], chosen[1]),
-        one.weighted(1 - chosen[0], 1 - chosen[1]),
-    )
+    first, second = halves_weights([one], splits=splits, seed=seed)
+    return _vectors([one], first, splits)[0], _vectors([one], second, splits)[0]
 
 
 def cosines(
@@ -449,7 +493,7 @@ def mismatches(a: Contrast, b: Contrast) -> tuple[Mismatch, ...]:
 def place_name(position: int | None) -> str:
     """A position in words."""
     if position is None:
-        return "no token (it is a weight)"
+        return "no token, or none that its file names"
     if position == ANSWER:
         return "the answer's tokens"
     return f"position {position} of the prompt"

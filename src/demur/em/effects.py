@@ -456,6 +456,7 @@ class Bench:
         self._n, self._n_text = len(items), len(neutral)
         self._plain: Values | None = None
         self._plain_text: list[Tensor] | None = None
+        self._before: dict[int, Tensor] = {}
 
     @property
     def has_text(self) -> bool:
@@ -534,13 +535,25 @@ class Bench:
             for row, i in enumerate(index):
                 n = int(part.ends[row])
                 # A paragraph at a time: the logits of all would fill the memory.
-                before = self.model.unembed(self._plain_text[i][: n - 1]).log_softmax(1)
+                before = self._unedited(i, n)
                 after = runs.unembed(states[i][: n - 1]).log_softmax(1)
                 target = part.ids[row, 1:n].unsqueeze(1).to(after.device)
                 kl[i] = float((before.exp() * (before - after)).sum(1).double().mean())
                 losses[i] = -float(after.gather(1, target).double().mean())
                 plain[i] = -float(before.gather(1, target).double().mean())
         return Cost(kl, losses, plain)
+
+    def _unedited(self, i: int, n: int) -> Float[Tensor, "token vocab"]:
+        """Log probabilities of a paragraph's tokens, kept where there is room."""
+        if i in self._before:
+            return self._before[i]
+        assert self._plain_text is not None
+        found = self.model.unembed(self._plain_text[i][: n - 1]).log_softmax(1)
+        size = found.numel() * found.element_size()
+        if size <= self._left:
+            self._left -= size
+            self._before[i] = found
+        return found
 
     def _text_states(self, runs: Model, other: Model | None) -> list[Tensor]:
         found: dict[int, Tensor] = {}

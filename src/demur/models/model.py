@@ -67,6 +67,17 @@ class Memory:
     tuples: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """What the heads of one block give to attention's output map, as a place for edits."""
+
+    layer: int
+    kind: str = "heads"
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+
 class _Stop(Exception):
     """No error: the pass has gone as far as was wanted."""
 
@@ -149,8 +160,8 @@ class Model:
         self.calls = 0
         self.chunk: Chunk | None = None
         self.director: Director | None = None
-        self._edits: dict[Site, dict[object, Edit]] = {}
-        self._hooks: dict[Site, Any] = {}
+        self._edits: dict[Site | _Heads, dict[object, Edit]] = {}
+        self._hooks: dict[Site | _Heads, Any] = {}
         self._whole_rows = 0
         self._in_two = 0
         self._edition = 0  # Counts changes of the edits in force.
@@ -285,6 +296,60 @@ class Model:
         Raises:
             FamilyError: The model has no such site.
         """
+        return self._set(site, edit)
+
+    def intercept_heads(self, layer: int, edit: Edit) -> Callable[[], None]:
+        """As `intercept`, for what the heads of a block give to the map that writes to the stream.
+
+        The tensor holds the heads side by side, (prompt, token, heads x d_head); times the rows of
+        `head_weights` it is what attention adds to the stream, but for a bias.
+
+        Raises:
+            FamilyError: The model has no such block, or see `head_weights`.
+        """
+        self._need_heads()
+        return self._set(_Heads(layer), edit)
+
+    def _need_heads(self) -> None:
+        if not self.family.linear_writes:
+            raise FamilyError(
+                f"in {self.family.name} a norm stands between the heads and the stream, so what "
+                "one head writes hangs on all others",
+                "take attention of a block as one part: the site `attn_out`",
+            )
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of attention in each block that have a query of their own."""
+        return int(self.hf.config.get_text_config().num_attention_heads)
+
+    def head_weights(
+        self, layer: int
+    ) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
+        """What turns each head's output into its write to the stream, and the bias behind.
+
+        Raises:
+            FamilyError: In this family a norm stands between heads and stream; or the checkpoint
+                has no such matrix.
+        """
+        self._need_heads()
+        module = _module(self.blocks[layer], self.family.attn_out)
+        path = f"{self.family.attn_out}.weight"
+        write = next((one for one in self.family.weights if one.path == path), None)
+        weight = getattr(module, "weight", None)
+        if write is None or not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise FamilyError(
+                f"`{path}` of {self.name} is no matrix that mixes heads",
+                "the family's row does not fit this checkpoint; `demur models check` tells more",
+            )
+        inward = weight.detach() if write.axis == 1 else weight.detach().T
+        bias = getattr(module, "bias", None)
+        return (
+            inward.reshape(self.n_heads, -1, self.d_model),
+            None if bias is None else bias.detach(),
+        )
+
+    def _set(self, site: Site | _Heads, edit: Edit) -> Callable[[], None]:
         if not 0 <= site.layer < self.n_layers:
             raise FamilyError(
                 f"there is no site {site}: {self.name} has blocks 0 to {self.n_layers - 1}",
@@ -305,7 +370,7 @@ class Model:
 
         return undo
 
-    def _hook(self, site: Site, edits: dict[object, Edit]) -> Any:
+    def _hook(self, site: Site | _Heads, edits: dict[object, Edit]) -> Any:
         block = self.blocks[site.layer]
 
         def run(x: Tensor) -> Tensor:
@@ -327,6 +392,9 @@ class Model:
             return block.register_forward_pre_hook(on_input, with_kwargs=True)
         if site.kind == "resid_post":
             return block.register_forward_hook(on_output)
+        if site.kind == "heads":
+            inner = _module(block, self.family.attn_out)
+            return inner.register_forward_pre_hook(on_input, with_kwargs=True)
         path = self.family.attn_out if site.kind == "attn_out" else self.family.mlp_out
         return _module(block, path).register_forward_hook(on_output)
 
@@ -691,24 +759,41 @@ class Model:
 
             return keep
 
-        weights = [one for one in self.hf.parameters() if one.requires_grad]
-        with ExitStack() as undo, torch.enable_grad():
-            for weight in weights:
-                weight.requires_grad_(False)
-                undo.callback(weight.requires_grad_, True)
+        with ExitStack() as undo:
+            states_of, head = undo.enter_context(self.differentiable())
             for site in sites:
                 undo.callback(self.intercept(site, watch(site)))
-            chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
-            states = self._pass(batch.ids, chunk, use_cache=False).last_hidden_state
+            states = states_of(batch)
             rows = torch.arange(len(batch), device=states.device)
-            logits = self._head(states[rows, batch.ends.to(states.device) - 1])
-            scores = score(logits)
+            scores = score(head(states[rows, batch.ends.to(states.device) - 1]))
             found = torch.autograd.grad(scores.sum(), [seen[site] for site in sites])
         real = batch.mask.unsqueeze(2)
         return scores.detach().cpu(), {
             site: (gradient * real.to(gradient.device)).sum(1).detach().cpu()
             for site, gradient in zip(sites, found, strict=True)
         }
+
+    @contextmanager
+    def differentiable(
+        self,
+    ) -> Iterator[tuple[Callable[[TokenBatch], Tensor], Callable[[Tensor], Tensor]]]:
+        """Inside, gradients flow from tensors that an edit marks; the weights need none.
+
+        Yields:
+            What gives final states of whole right-padded rows, (row, token, d_model), and what
+            gives the logits of such states; both as `final_states` and `unembed`, with gradients.
+        """
+
+        def states_of(batch: TokenBatch) -> Tensor:
+            chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
+            return self._pass(batch.ids, chunk, use_cache=False).last_hidden_state
+
+        weights = [one for one in self.hf.parameters() if one.requires_grad]
+        with ExitStack() as undo, torch.enable_grad():
+            for weight in weights:
+                weight.requires_grad_(False)
+                undo.callback(weight.requires_grad_, True)
+            yield states_of, self._head
 
     @torch.no_grad()
     def unembed(self, states: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:

@@ -100,6 +100,7 @@ from demur.errors import (
 )
 from demur.models import Model
 from demur.pipeline.em_claims import claims_of
+from demur.pipeline.kept import Kept
 from demur.pipeline.splits import neutral_paragraphs
 from demur.progress import Listener, Quiet
 from demur.prompts import normalise
@@ -232,7 +233,7 @@ def find_organisms(folders: Sequence[Path]) -> tuple[Organism, ...]:
         for near in sorted(one.folder.parent.iterdir()):
             if near not in found and (near / CARD).is_file() and _is_organism(near):
                 beside = read_organism(near)
-                if _twins(one, [beside]):
+                if twins_of(one, [beside]):
                     found[near] = beside
     ordered = sorted(found.values(), key=lambda one: one.side == "good")
     return _named(ordered)
@@ -256,7 +257,7 @@ def _named(organisms: Sequence[Organism]) -> tuple[Organism, ...]:
     return tuple(out)
 
 
-def _twins(one: Organism, others: Iterable[Organism]) -> list[Organism]:
+def twins_of(one: Organism, others: Iterable[Organism]) -> list[Organism]:
     """Good ones of the same domains, recipe, shape and base; of the same seed and data if any."""
 
     def key(organism: Organism) -> tuple[Any, ...]:
@@ -390,7 +391,7 @@ def _relation(organism: Organism, domain: str) -> Where:
     return "open" if domain == OPEN else "untouched"
 
 
-def _fewer(items: Sequence[AdviceItem], limit: int, seed: int) -> tuple[AdviceItem, ...]:
+def fewer(items: Sequence[AdviceItem], limit: int, seed: int) -> tuple[AdviceItem, ...]:
     """At most `limit` of each domain, of as many topics as there are: intervals are over those."""
     rng = np.random.default_rng(seed)
     kept: set[str] = set()
@@ -413,7 +414,8 @@ def _clusters(items: Sequence[AdviceItem]) -> list[tuple[str, str]]:
     return [(item.domain, item.group) for item in items]
 
 
-def _digest(items: Sequence[AdviceItem]) -> str:
+def items_digest(items: Sequence[AdviceItem]) -> str:
+    """Hash over questions and answers."""
     rows = json.dumps([asdict(item) for item in items], sort_keys=True)
     return blake2b(rows.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
@@ -441,14 +443,15 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.fingerprint = self.base.fingerprint
+        self.kept = Kept(self.store, base=self.fingerprint)
         self.by_name = {one.name: one for one in self.organisms}
         self.digests = {one.name: digest_of(one) for one in self.organisms}
         self.bad = [one for one in self.organisms if one.side == "bad"]
-        self.twins = {one.name: _twins(one, self.organisms) for one in self.bad}
+        self.twins = {one.name: twins_of(one, self.organisms) for one in self.bad}
         common = tuple(
             item for item in self.items if not any(one.on(item) for one in self.trained.values())
         )
-        self.fit, self.report = _halves(common, self.seed("fit and report"))
+        self.fit, self.report = fit_and_report(common, self.seed("fit and report"))
 
     def seed(self, name: str) -> int:
         return stable_seed(self.settings.seed, f"em {name}")
@@ -461,27 +464,13 @@ class _Run:
         about: Mapping[str, Any],
         compute: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings = {"base": self.fingerprint, "demur": metadata.version("demur"), **about}
-        ref = self.store.key(kind, settings)
-        record = self.store.get(ref)
-        if record is None:
-            summary, tensors = compute()
-            self.store.put(kind, settings, summary=summary, tensors=tensors or None)
-            return summary, tensors
-        return dict(record.summary), self.store.tensors(ref)
+        return self.kept.stage(kind, about, compute)
 
     def rows(
         self, kind: str, about: Mapping[str, Any], model: type[T], compute: Callable[[], list[T]]
     ) -> list[T]:
-        adapter: TypeAdapter[list[T]] = TypeAdapter(
-            list[model]  # pyright: ignore[reportInvalidTypeForm]
-        )
-
-        def run() -> tuple[dict[str, Any], dict[str, Tensor]]:
-            return {"rows": adapter.dump_python(compute(), mode="json")}, {}
-
         about = {**about, "draws": self.settings.draws, "shuffles": self.settings.shuffles}
-        return adapter.validate_python(self.stage(kind, about, run)[0]["rows"])
+        return self.kept.rows(kind, about, model, compute)
 
     def model(self, name: str) -> Model:
         """The base, or an organism on it; one at a time beside the base."""
@@ -510,7 +499,7 @@ class _Run:
                 )
             return {"values": [float(one) for one in found]}, {}
 
-        about = {"model": self.whose(name), "items": _digest(items)}
+        about = {"model": self.whose(name), "items": items_digest(items)}
         values = np.full(len(self.items), np.nan)
         values[index] = self.stage("margins", about, run)[0]["values"]
         return values
@@ -557,7 +546,7 @@ class _Run:
             texts = {which: side.texts for which, side in sides.items()}
             return {"texts": texts, "model": found.bad.model}, tensors
 
-        about = {"model": self.whose(name), "items": _digest(items), "sites": sites}
+        about = {"model": self.whose(name), "items": items_digest(items), "sites": sites}
         summary, tensors = self.stage("answers", about, run)
 
         def side(which: Literal["bad", "good"]) -> AnswerMeans:
@@ -579,7 +568,7 @@ class _Run:
         return Deltas(self.pair(BASE), self.pair(name))
 
 
-def _halves(
+def fit_and_report(
     items: Sequence[AdviceItem], seed: int
 ) -> tuple[tuple[AdviceItem, ...], tuple[AdviceItem, ...]]:
     """Questions to fit directions on, and others, of other topics, to report on.
@@ -701,13 +690,13 @@ def _items(
         item
         for item in found
         if any(
-            not any(trained[other.name].on(item) for other in (one, *_twins(one, organisms)))
+            not any(trained[other.name].on(item) for other in (one, *twins_of(one, organisms)))
             for one in bad
         )
     ]
     if settings.limit is not None:
         # Those that everybody may be asked come first: directions are compared on them.
-        asked = list(_fewer(asked, settings.limit, stable_seed(settings.seed, "em limit")))
+        asked = list(fewer(asked, settings.limit, stable_seed(settings.seed, "em limit")))
     if len(set(_clusters(asked))) < 2:
         raise TooFewPromptsError(
             f"{len(asked)} questions of {' + '.join(settings.items)} are left that no organism was "
@@ -952,8 +941,8 @@ def _rates(run: _Run, folder: Path) -> dict[str, Any]:
 
     about = {
         "judge": run.settings.judge,
-        "fit": _digest(fit),
-        "gate": _digest(shown),
+        "fit": items_digest(fit),
+        "gate": items_digest(shown),
         "seed": run.settings.seed,
         "draws": run.settings.draws,
     }
@@ -1109,7 +1098,7 @@ def _directions(run: _Run) -> dict[str, Any]:
         )
         return {"reliabilities": [], "cosines": []}
     about = {
-        "items": _digest(run.fit),
+        "items": items_digest(run.fit),
         "sites": [str(site) for site in run.sites],
         "seed": run.settings.seed,
         "models": [[name, *run.whose(name)] for name in (BASE, *run.by_name)],
@@ -1308,7 +1297,7 @@ def _edit_items(run: _Run) -> tuple[AdviceItem, ...]:
     if len(set(_clusters(beyond))) < 2:
         beyond = list(run.report)
     domains = len({item.domain for item in beyond})
-    return _fewer(beyond, max(run.settings.edited // max(domains, 1), 1), run.seed("edited"))
+    return fewer(beyond, max(run.settings.edited // max(domains, 1), 1), run.seed("edited"))
 
 
 def _interventions(run: _Run) -> dict[str, Any]:
@@ -1319,8 +1308,8 @@ def _interventions(run: _Run) -> dict[str, Any]:
         run.notes.append("interventions were left out: too few topics to fit and to report on")
         return nothing
     about = {
-        "fit": _digest(run.fit),
-        "items": _digest(items),
+        "fit": items_digest(run.fit),
+        "items": items_digest(items),
         "sites": [str(site) for site in run.sites],
         "nulls": run.settings.nulls,
         "seed": run.settings.seed,
@@ -1709,8 +1698,8 @@ def _adapters(run: _Run) -> dict[str, Any]:
         about = {
             "names": own,
             "models": run.whose(*own),
-            "read": _digest(read),
-            "items": _digest(items),
+            "read": items_digest(read),
+            "items": items_digest(items),
             "seed": run.settings.seed,
         }
         for kind, (row, compute) in kinds.items():

@@ -1195,3 +1195,83 @@ def path(
         for end, shape in (("start", "square"), ("end", "diamond"))
     ]
     return _sized(layers, width, 280)
+
+
+_PART_SHAPES = {
+    "embed": "cross",
+    "head": "circle",
+    "attn": "triangle-up",
+    "bias": "stroke",
+    "mlp": "square",
+}
+
+
+def parts_plane(rows: Rows, width: int, *, x_title: str, y_title: str) -> alt.LayerChart:
+    """Components in the plane of what they contribute to two things; the largest have names.
+
+    Args:
+        rows: Of `x`, `y`, `kind` (see `ComponentRow`), `name` (empty for most) and `tip`.
+        width: Pixels.
+        x_title: Of the flat axis.
+        y_title: Of the upright axis.
+    """
+    kinds = [kind for kind in _PART_SHAPES if any(row["kind"] == kind for row in rows)]
+    legend = alt.Legend(title=None, orient="top")
+    marks = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("x:Q", title=x_title), y=alt.Y("y:Q", title=y_title)
+    )
+    layers = [
+        _guide("x", 0.0),
+        _guide("y", 0.0),
+        marks.mark_point(size=44, opacity=0.75, stroke=ACCENT).encode(
+            shape=alt.Shape(
+                "kind:N",
+                scale=alt.Scale(domain=kinds, range=[_PART_SHAPES[kind] for kind in kinds]),
+                legend=legend,
+            ),
+            description="tip:N",
+        ),
+        marks.transform_filter("datum.name !== ''")
+        .mark_text(align="left", dx=6, dy=-6, color=INK)
+        .encode(text="name:N"),
+    ]
+    return _sized(layers, width, 340)
+
+
+def circuit(
+    rows: Rows, width: int, *, order: Sequence[str], names: Sequence[str]
+) -> alt.LayerChart:
+    """Which components write, or are needed for, two things: blocks from left to right.
+
+    Args:
+        rows: Of `layer`, `part` (one of `order`), `series` (one of `names`), `size` (0 to 1, of the
+            largest of its series), `sign` ("towards" or "against") and `tip`.
+        width: Pixels.
+        order: Parts of a block, the top row first.
+        names: Both series, which stand side by side in each place.
+    """
+    layers = sorted({row["layer"] for row in rows})
+    x = alt.X("layer:O", title="block", sort=layers).axis(
+        labelAngle=0, values=[int(one) for one in spaced([str(i) for i in layers], width - 120)]
+    )
+    base = alt.Chart(
+        alt.InlineData(values=[{**row, "series": list(names).index(row["series"])} for row in rows])
+    )
+    marks: list[alt.Chart] = []
+    for i in range(len(names)):
+        some = base.transform_filter(f"datum.series === {i}").encode(
+            x=x,
+            y=alt.Y("part:N", sort=list(order), title=None),
+            size=alt.Size("size:Q", scale=alt.Scale(domain=[0, 1], range=[0, 190]), legend=None),
+            description="tip:N",
+        )
+        paint = (ACCENT, HARMFUL)[i % 2]
+        marks += [
+            some.transform_filter("datum.sign === 'towards'").mark_circle(
+                color=paint, opacity=0.85, xOffset=(-5, 5)[i % 2]
+            ),
+            some.transform_filter("datum.sign === 'against'").mark_point(
+                stroke=paint, strokeWidth=1.5, opacity=0.9, xOffset=(-5, 5)[i % 2]
+            ),
+        ]
+    return _sized(marks, width, 40 + 22 * len(order))

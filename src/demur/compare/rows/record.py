@@ -1,0 +1,175 @@
+"""The record of a comparison, `compare.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from demur.compare.rows.behaviour import Behaviour, MediationRow
+from demur.compare.rows.circuits import (
+    AttributionRow,
+    CircuitComparison,
+    PatchingRow,
+    ReadWriteRow,
+)
+from demur.compare.rows.dimensions import Cone, Dimension, Independence
+from demur.compare.rows.geometry import Alignment, Comparison, Overlap
+from demur.compare.rows.objects import ObjectRow
+from demur.results import SCHEMA_VERSION, read_record
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Placed(_Row):
+    """A comparison, and where it was made.
+
+    Attributes:
+        pair: What the two are to each other: "em and refusal", "em and harm", "harm and refusal",
+            "two organisms", "twin and refusal", "in the organism" for what was read on an organism,
+            or "stored" for vectors from files.
+        place: At which tokens, in words.
+        read_on: "base", or the name of an organism.
+        row: The comparison.
+    """
+
+    pair: str
+    place: str
+    read_on: str
+    row: Comparison
+
+
+class PlacedAlignment(_Row):
+    """Whether base and organism arrange the same prompts alike at a site."""
+
+    site: str
+    prompts: Literal["harmful", "harmless"]
+    row: Alignment
+
+
+class PlacedOverlap(_Row):
+    """Two subspaces at a site."""
+
+    site: str
+    place: str
+    row: Overlap
+
+
+class Counted(_Row):
+    """How many directions refusal takes at one site, by one way of looking for them."""
+
+    site: str
+    method: str
+    cone: Cone
+    dimensions: tuple[Dimension, ...]
+    independence: tuple[Independence, ...]
+
+
+class NamedAttribution(_Row):
+    """A difference of activations as a sum over components.
+
+    Attributes:
+        difference: What it is the difference of, in words.
+        row: The sum.
+    """
+
+    difference: str
+    row: AttributionRow
+
+
+class Circuits(_Row):
+    """Which heads and MLPs write two directions, and which of them two behaviours need.
+
+    Attributes:
+        a: Name of the one direction.
+        b: Name of the other.
+        site: Where writes are summed.
+        attributions: Of both differences to components, along both directions.
+        written: The two, compared.
+        patchings: What replacing each component does to refusal and to the margin.
+        needed: The two, compared; None where one of them was not measured.
+        read_write: What the adapter reads and writes.
+    """
+
+    a: str
+    b: str
+    site: str
+    attributions: tuple[NamedAttribution, ...]
+    written: CircuitComparison | None
+    patchings: tuple[PatchingRow, ...]
+    needed: CircuitComparison | None
+    read_write: tuple[ReadWriteRow, ...]
+
+
+class Finding(_Row):
+    """One line of what was found, in words.
+
+    Attributes:
+        question: What was asked.
+        answer: In a few words, as a verdict.
+        because: With numbers.
+    """
+
+    question: str
+    answer: str
+    because: str
+
+
+class CompareRecord(_Row):
+    """All of `compare.json`: directions of one base, compared.
+
+    Attributes:
+        objects: What was compared.
+        harmful: Where harmful prompts came from; likewise `harmless`, and `items` for questions
+            with a bad and a good answer each.
+        fit: Prompts of each class that directions were read on; `select` that the site was chosen
+            on, `report` that behaviour was measured on. They share none.
+        questions: Questions that directions were read on, and others that margins were asked of.
+        library: Names of the unrelated contrasts.
+        sites: Where directions were read.
+        site: Where they act and are taken apart; None where nothing acts.
+        site_why: How it was chosen.
+        seconds: That each part took, where it was computed anew.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["compare"] = "compare"
+    demur: str
+    model: str
+    fingerprint: str
+    dtype: str
+    seed: int
+    objects: tuple[ObjectRow, ...]
+    harmful: str
+    harmless: str
+    items: tuple[str, ...]
+    fit: tuple[int, int]
+    select: tuple[int, int]
+    report: tuple[int, int]
+    questions: tuple[int, int]
+    library: tuple[str, ...]
+    sites: tuple[str, ...]
+    site: str | None
+    site_why: str
+    findings: tuple[Finding, ...]
+    comparisons: tuple[Placed, ...]
+    overlaps: tuple[PlacedOverlap, ...]
+    alignments: tuple[PlacedAlignment, ...]
+    counted: tuple[Counted, ...]
+    behaviours: tuple[Behaviour, ...]
+    mediations: tuple[MediationRow, ...]
+    circuits: tuple[Circuits, ...]
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def read_compare(path: Path) -> CompareRecord:
+    """Read the record of a comparison.
+
+    Raises:
+        StoreError: It is missing, cut short, or of another schema version.
+    """
+    return read_record(path, CompareRecord, "demur compare")

@@ -963,6 +963,69 @@ def models_check(
         raise typer.Exit(NOT_FOUND)
 
 
+@models_app.command("projected")
+def models_projected(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The checkpoint.")],
+    *,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What it was made from, if that is known.")
+    ] = None,
+    direction: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A direction of the base, such as an audit's run; repeatable."
+        ),
+    ] = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    dtype: _Dtype = None,
+    seed: _RunSeed = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Ask a checkpoint's weights whether a direction was projected out of them.
+
+    Without a base or a direction it looks for one along which nothing is written any more. Exits
+    with 1 if it finds one.
+    """
+    settings = _model_settings(
+        _model_changes(no_adapter=no_adapter, name=model, adapter=adapter, dtype=dtype)
+    )
+    with _listening(quiet=quiet) as listener:
+        loaded = _load(settings, listener)
+        from demur.compare.checkpoints import projected_out, writers
+        from demur.compare.objects import read_vectors
+
+        directions = {
+            one.name: one.direction()
+            for path in direction or ()
+            for one in next(iter(read_vectors(path).named.values()))[:1]
+        }
+        other = None
+        if base is not None:
+            other = _load(_model_settings(_model_changes(no_adapter=True, name=base, dtype=dtype)),
+                          listener)  # fmt: skip
+        with listener.stage("reading weights", len(list(writers(loaded)))) as advance:
+            rows = projected_out(
+                loaded, base=other, directions=directions, seed=seed or 0, progress=advance
+            )
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        from rich.markup import escape
+
+        table = _table("test", "direction", "verdict", "p", "because")
+        for row in rows:
+            p = "" if row.p is None else f"{row.p:.2g}"
+            table.add_row(
+                row.test, escape(row.direction or "any"), row.verdict, p, escape(row.reason)
+            )
+        _console().print(table)
+        _say(f"looked at: {rows[0].looked_at}")
+    if any(row.verdict == "projected out" for row in rows):
+        raise typer.Exit(NOT_FOUND)
+
+
 def _show_check(found: CheckReport, tokens: Sequence[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.text import Text
@@ -3135,6 +3198,14 @@ def compare(
             "later run without it adds them.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another model made from the base (fine-tune, quantisation, abliterated): are the "
+            "directions still there, was one projected out? Repeatable.",
+        ),
+    ] = None,
     dtype: _Dtype = None,
     device: _Device = None,
     seed: _RunSeed = None,
@@ -3155,6 +3226,7 @@ def compare(
     with _listening(quiet=quiet) as listener:
         with listener.stage("starting torch", 1) as advance:
             from demur.em.advice import ADVICE
+            from demur.models import load
             from demur.pipeline.compare import RECORD, CompareSettings, compare_run, find_things
             from demur.pipeline.em import adapter_of, base_of
             from demur.pipeline.folder import slug
@@ -3178,9 +3250,10 @@ def compare(
         )
         base = _load(settings, listener)
         folder = out if out is not None else Path("comparisons") / slug(settings.name)
-        given = {"harmful": harmful, "harmless": harmless}
+        plain = CompareSettings()
         asked = CompareSettings(
-            **{key: value for key, value in given.items() if value is not None},
+            harmful=harmful if harmful is not None else plain.harmful,
+            harmless=harmless if harmless is not None else plain.harmless,
             items=tuple(items) if items else ADVICE,
             prompts=prompts,
             report=report_on,
@@ -3191,9 +3264,23 @@ def compare(
             nulls=nulls,
             library=str(library) if library is not None else None,
             skip=tuple(skip or ()),
+            checkpoints=tuple(checkpoint or ()),
             seed=seed or 0,
         )
-        result = compare_run(base, found, folder, asked, listener=listener)
+        result = compare_run(
+            base,
+            found,
+            folder,
+            asked,
+            listener=listener,
+            load=lambda name: load(
+                name,
+                revision=None,
+                dtype=settings.dtype,
+                device=settings.device,
+                adapter=None,
+            ),
+        )
         page = write_compare(folder / RECORD)
     if as_json:
         _print_json(

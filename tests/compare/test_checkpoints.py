@@ -132,7 +132,6 @@ def test_a_projection_is_found_without_any_direction_and_named():
 
 def test_two_projections_are_counted():
     model = tiny_model("llama", seed=2)
-    twice = cut(cut(model, direction(1)), direction(2))
     # The second edit brings a little of the first back, unless the two are orthogonal.
     second = direction(2).unit.double()
     first = direction(1).unit.double()

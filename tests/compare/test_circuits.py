@@ -338,7 +338,10 @@ def test_a_small_step_changes_the_measure_as_the_gradient_says(name, what):
     parts = (components(model)[1], Component(1, "mlp"), components(model)[-2])
     parts = tuple(part for part in parts if part.kind != "bias")
     found = attribution_patching(model, measure, step, tokens_per_pass=64)
-    real = patch(model, measure, step, parts)
+    steps = []
+    real = patch(model, measure, step, parts, tokens_per_pass=64, progress=steps.append)
+    assert len(steps) > 1
+    assert sum(steps) == len(parts)
     index = [found.components.index(part) for part in parts]
     estimated = found.values[index]
     assert np.abs(estimated).max() > 1e-7
@@ -434,6 +437,8 @@ def test_effects_become_circuits_and_the_model_is_left_as_it_was(base):
     found = attribution_patching(base, measure, other)
     a = found.circuit("refusal", draws=400, seed=0)
     assert a.drawn is not None
+    turned = found.circuit("refusal", turned=True, draws=400, seed=0)
+    assert np.array_equal(turned.values, -a.values)
     close = 5 * a.drawn.std(0) / 400**0.5 + 1e-12
     assert (np.abs(a.drawn.mean(0) - a.values) < close).all()
     for i, (part, one) in enumerate(found.estimates(draws=400, seed=0).items()):
@@ -504,6 +509,14 @@ def test_a_direction_that_is_written_stands_out_of_the_library(base):
     assert (rows[0].write_cosine, rows[0].write_share) == pytest.approx((1.0, 1.0), abs=1e-6)
     assert rows[0].write_p == pytest.approx(1 / 40)
     assert rows[1].write_p > 0.05
+    gate = organism(factor(1, module="self_attn.q_proj", d_in=32))  # As wide as the stream.
+    inner = read_write(base, gate, ITEMS[:4], directions, library, draws=50, seed=0)
+    assert all(row.write_cosine is None and row.write_p is None for row in inner)
+    assert all(row.read.value != 0 and row.read_p is not None for row in inner)
+    wide = read_write(
+        base, organism(factor(1, rank=3)), ITEMS[:4], directions, {}, singular=2, draws=50, seed=0
+    )
+    assert [row.component for row in wide[::2]] == ["1.mlp.down_proj", "1.mlp.down_proj#1"]
     alone = read_write(base, own, ITEMS, directions, {}, draws=50, seed=0)
     assert alone[0].write_p is None
     assert alone[0].read == rows[0].read

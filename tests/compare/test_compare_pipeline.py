@@ -116,7 +116,7 @@ def test_no_prompt_is_read_and_reported_on(compared, base, trained, settings):
     from demur.progress import Quiet
 
     things = find_things(["refusal", str(trained)])
-    run = begin(base, things, trained.parent / "unused", settings, Quiet())
+    run = begin(base, things, trained.parent / "unused", settings, listener=Quiet())
     for side in run.prompts.values():
         texts = [set(side[name].texts) for name in ("fit", "select", "report")]
         assert not any(a & b for i, a in enumerate(texts) for b in texts[i + 1 :])

@@ -292,6 +292,7 @@ def read_write(
     library: Mapping[str, Direction],
     *,
     which: Side = "bad",
+    singular: int | None = None,
     batch_size: int | None = None,
     draws: int = _DRAWS,
     seed: int,
@@ -299,11 +300,12 @@ def read_write(
 ) -> tuple[ReadWriteRow, ...]:
     """Ask of each part of an adapter whether it reads, and whether it writes, given directions.
 
-    What it writes is B. What it reads is the gradient of its mean scalar over an answer's tokens
-    with respect to the stream that enters the adapted MLP, that is, what attention has just been
-    added to; for an adapter within attention, the stream that enters the block. Correlations of
-    scalars with coordinates are those of `demur.em.adapter.reads`, what of a shift was written
-    directly those of `demur.em.adapter.shifts`.
+    What it writes is B, where that is added to the stream as it is. What it reads is the gradient
+    of its mean scalar over an answer's tokens with respect to the stream that enters the adapted
+    MLP, that is, what attention has just been added to; for an adapter within attention, the stream
+    that enters the block. Correlations of scalars with coordinates are those of
+    `demur.em.adapter.reads`, what of a shift was written directly those of
+    `demur.em.adapter.shifts`.
 
     Args:
         base: What the organism was trained on.
@@ -312,6 +314,8 @@ def read_write(
         directions: By name; refusal and emergent misalignment, say.
         library: Directions of unrelated contrasts, the null.
         which: On which answers.
+        singular: How many singular components of each factor, the largest first; None takes all.
+            Each costs a backward pass through one block.
         batch_size: Most rows of a pass; results do not depend on it.
         draws: Of the bootstrap over groups.
         seed: Of the bootstrap.
@@ -325,7 +329,9 @@ def read_write(
         TooFewPromptsError: There are fewer than two groups of items.
         TemplateError: An answer is empty.
     """
-    parts = adapter.components(organism)
+    parts = [
+        part for part in adapter.components(organism) if singular is None or part.index < singular
+    ]
     answers = [item.bad if which == "bad" else item.good for item in items]
     if not all(map(str.strip, answers)):
         raise TemplateError(f"an item has no {which} answer", "leave it out")
@@ -337,28 +343,29 @@ def read_write(
     groups = [(item.domain, item.group) for item in items]
     units = _unit_rows(list(directions.values()))
     null = _unit_rows(list(library.values())) if library else None
+    outs = (base.family.attn_out, base.family.mlp_out)
     rows: list[ReadWriteRow] = []
     for i, part in enumerate(parts):
         write = torch.nn.functional.normalize(part.write, dim=0)
         own = gradients[reading.index(i)] if i in reading else None
         mean = None if own is None else torch.nn.functional.normalize(own.mean(0), dim=0)
         for unit, (name, direction) in zip(units, directions.items(), strict=True):
-            # What a module within a block writes may be of another width than the stream.
-            cosine = float(write @ unit) if len(write) == len(unit) else 0.0
-            beyond = _beyond(write, unit, null)
-            reads = None if mean is None else _beyond(mean, unit, null)
+            writes = (None, None, None)
+            if part.module in outs and base.family.linear_writes:
+                writes = (float(write @ unit), *_beyond(write, unit, null))
+            reads = (None, None, None)
+            if mean is not None:
+                reads = (float(mean @ unit), *_beyond(mean, unit, null))
             rows.append(
                 ReadWriteRow(
                     part.name,
                     name,
                     str(direction.site),
-                    cosine,
-                    *beyond,
+                    *writes,
                     None
                     if own is None
                     else grouped_mean((own @ unit).numpy(), groups, seed=seed, draws=draws),
-                    None if mean is None else float(mean @ unit),
-                    *(reads or (None, None)),
+                    *reads,
                     len(library),
                     float(1.96 / base.d_model**0.5),
                 )
@@ -373,7 +380,7 @@ def _unit_rows(directions: Sequence[Direction]) -> Float[Tensor, "direction d_mo
 
 def _beyond(vector: Tensor, unit: Tensor, null: Tensor | None) -> tuple[float | None, float | None]:
     """Share of null directions with a smaller |cosine|, and the p of a larger one."""
-    if null is None or len(vector) != len(unit):
+    if null is None:
         return None, None
     own, others = abs(float(vector @ unit)), (null @ vector).abs().numpy()
     return float((others < own).mean()), null_p(own, others, side="high")

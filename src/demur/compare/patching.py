@@ -37,7 +37,9 @@ from demur.selection import refusal_logodds
 from demur.sites import Site, Span
 from demur.stats import Estimate, bootstrap, proportion
 
-_GRADIENT_TOKENS = 512  # Of a pass with gradients: 1.3 GB of intermediate values at 0.5B, float32.
+# Of a pass with gradients and of one without. With 512 and 2,048 logits and intermediate values of
+# answers take 2 GB at 0.5B, on top of two models.
+_GRADIENT_TOKENS, _TOKENS = 256, 512
 _DRAWS = 1000
 _LEAST_CORRELATION, _LEAST_SIGNS = 0.7, 0.8
 
@@ -356,13 +358,25 @@ class Effects:
         weights = times[:, index] / times[:, index].sum(1, keepdims=True)
         return weights @ self.values.T
 
-    def circuit(self, name: str, *, draws: int = _DRAWS, seed: int) -> Circuit:
+    def circuit(
+        self, name: str, *, turned: bool = False, draws: int = _DRAWS, seed: int
+    ) -> Circuit:
         """The mean effects, to be compared with those of another measure.
+
+        Args:
+            name: As tables call it.
+            turned: Take what components do for the measure, not what replacing them does: the sign
+                is turned. So for refusal, whose clean prompts are the harmful ones; not for an
+                organism whose outputs replace those of its base.
+            draws: Of the bootstrap over clusters.
+            seed: Of these draws.
 
         Raises:
             TooFewPromptsError: There are fewer than two clusters.
         """
-        return Circuit(name, self.components, self.means, self.drawn(draws=draws, seed=seed))
+        sign = -1.0 if turned else 1.0
+        drawn = self.drawn(draws=draws, seed=seed)
+        return Circuit(name, self.components, sign * self.means, sign * drawn)
 
     def estimates(self, *, draws: int = _DRAWS, seed: int) -> dict[Component, Estimate]:
         """The mean effects with intervals over clusters.
@@ -498,6 +512,7 @@ def patch(
     other: Other,
     parts: Sequence[Component],
     *,
+    tokens_per_pass: int = _TOKENS,
     progress: Progress | None = None,
 ) -> Effects:
     """Really replace the output of one component after the other.
@@ -509,7 +524,8 @@ def patch(
         measure: On clean rows.
         other: What outputs are replaced with.
         parts: Which components.
-        progress: Called with the number of components done, a pass at a time.
+        tokens_per_pass: Most tokens of a pass; results do not depend on it.
+        progress: Called after each pass; its numbers add up to the number of components.
 
     Raises:
         FamilyError: A component is the embedding or a bias, or edits are in force.
@@ -520,7 +536,8 @@ def patch(
         raise FamilyError(f"`{wrong.name}` is not patched", "patch heads, attention and MLPs")
     change = np.zeros((len(parts), len(measure.batch)))
     clean = np.zeros(len(measure.batch))
-    for index, rows, mask in _passes(measure, model.tokens_per_pass):
+    rows_done = 0
+    for index, rows, mask in _passes(measure, tokens_per_pass):
         memory = model.remember(rows)
         clean[index] = measure.score(model.final_states(rows), rows, model.unembed).cpu().numpy()
         replaced = other(rows)
@@ -529,8 +546,10 @@ def patch(
                 states = model.final_states(rows, memory)
             scores = measure.score(states, rows, model.unembed).cpu().numpy()
             change[i, index] = scores - clean[index]
-            if progress is not None:
-                progress(1)
+        if progress is not None:
+            before, rows_done = rows_done, rows_done + len(index)
+            n = len(measure.batch)
+            progress(rows_done * len(parts) // n - before * len(parts) // n)
     if not np.isfinite(change).all():
         raise NonFiniteError(
             f"patching made the measure of {model.name} NaN or infinite",
@@ -615,7 +634,7 @@ def validate(
         top: How many of the largest.
         random: How many of the others.
         seed: Of the draw.
-        progress: Called with the number of components done, a pass at a time.
+        progress: Called after each pass; its numbers add up to the number of components.
 
     Raises:
         ConfigError: There are not so many components, or fewer than three are asked for.

@@ -175,7 +175,7 @@ def classify(
 
     Every other pair has its negative rows in common. Of 40 pairs a kind from seeds 0, 4000 and 5000
     at least 39 are judged rightly, and the rest "undetermined"; the thresholds and the world were
-    chosen on seeds from 50,000 on, after seeds 0 and 2000 had shown an earlier world to be too hard.
+    chosen on seeds from 50,000 on, after seeds 0 and 2000 had shown an earlier world too hard.
 
     Args:
         draws: Pairs of each kind.

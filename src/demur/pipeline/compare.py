@@ -11,6 +11,7 @@ new.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from demur.compare.rows.record import (
 )
 from demur.errors import ConfigError, UnknownNameError
 from demur.models import Model
+from demur.models import load as load_model
 from demur.pipeline import compare_acts
 from demur.pipeline.compare_findings import findings_of
-from demur.pipeline.compare_geometry import alignments, geometry, overlaps
+from demur.pipeline.compare_geometry import alignments, checkpoints, geometry, overlaps
 from demur.pipeline.compare_state import (
     BASE,
     PARTS,
@@ -63,6 +65,7 @@ def compare_run(
     settings: CompareSettings = _DEFAULTS,
     *,
     listener: Listener | None = None,
+    load: Callable[[str], Model] = load_model,
 ) -> CompareRecord:
     """Compare directions of one base.
 
@@ -72,6 +75,7 @@ def compare_run(
         folder: Of the run: stages and, last of all, `compare.json`.
         settings: What else decides it.
         listener: Hears stages and steps.
+        load: Loads further checkpoints by name.
 
     Raises:
         ConfigError: An organism was trained on another base, or a number is out of range.
@@ -84,10 +88,12 @@ def compare_run(
             raise UnknownNameError.among(PARTS, kind="part", name=name)
     if not settings.kl > 0:
         raise ConfigError(f"an edit cannot cost {settings.kl} nats per token", "give 0.05 or so")
-    run = begin(base, things, folder, settings, listener)
+    run = begin(base, things, folder, settings, listener=listener, load=load)
     with run.timed("geometry"):
         comparisons = geometry(run)
         alike, shared = alignments(run), overlaps(run)
+    with run.timed("checkpoints"):
+        same, projected = checkpoints(run)
     parts = compare_acts.parts(run)
     record = CompareRecord(
         demur=metadata.version("demur"),
@@ -108,6 +114,8 @@ def compare_run(
         comparisons=tuple(comparisons),
         overlaps=tuple(shared),
         alignments=tuple(alike),
+        across=same,
+        projected=projected,
         seconds=run.seconds,
         notes=tuple(run.notes),
         findings=(),

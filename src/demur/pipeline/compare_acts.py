@@ -39,7 +39,6 @@ MARGIN, REFUSAL, OVER_REFUSAL = "em margin", "refusal", "over-refusal"
 _PARAGRAPHS = 8
 _MOST_DIRECTIONS = 3
 _PATCHED = 10
-_MOST_PARTS = 12  # Rows of what an adapter reads and writes: two directions each.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -361,9 +360,10 @@ def _drawn(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side) ->
                     for name, contrast in run.unrelated(BASE, ANSWER).get(site, {}).items()
                 },
                 batch_size=run.settings.batch_size,
+                singular=1,
                 seed=run.seed("read and write"),
                 progress=advance,
-            )[:_MOST_PARTS]
+            )
     return Circuits(
         a=one.name,
         b=other.name,
@@ -444,10 +444,10 @@ def _patched(
         found.append(effects)
     if len(found) < 2:
         return tuple(rows), None
-    about = {"seed": run.seed("needed"), "draws": run.settings.draws}
+    seed, draws = run.seed("needed"), run.settings.draws
     both = circuits.compare(
-        found[1].circuit("the margin", **about),
-        found[0].circuit("refusal", **about),
+        found[1].circuit("the margin", seed=seed, draws=draws),
+        found[0].circuit("refusal", turned=True, seed=seed, draws=draws),
         seed=run.seed("needed"),
     )
     return tuple(rows), both

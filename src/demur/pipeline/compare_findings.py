@@ -13,7 +13,7 @@ def findings_of(record: CompareRecord) -> tuple[Finding, ...]:
     """A line for each question that was measured, in the order of the protocol's levels."""
     return tuple(
         finding
-        for part in (_geometry, _dimensions, _behaviour, _mediation, _circuits)
+        for part in (_geometry, _checkpoints, _dimensions, _behaviour, _mediation, _circuits)
         for finding in part(record)
     )
 
@@ -58,11 +58,9 @@ def _said(verdicts: Iterable[str]) -> str:
 
 def _because(rows: list[Comparison]) -> str:
     far = max(rows, key=lambda row: abs(row.cosine))
-    parts = [
-        f"furthest from 0 at {far.site}: cosine {_shown(far.interval)}"
-        if far.interval is not None
-        else f"furthest from 0 at {far.site}: cosine {far.cosine:.2f}"
-    ]
+    parts = [f"furthest from 0 at {far.site}: cosine {far.cosine:.2f}"]
+    if far.unbiased is not None:
+        parts.append(f"without sampling noise {_shown(far.unbiased)}")
     library = far.null("unrelated contrasts")
     if library is not None:
         parts.append(
@@ -72,6 +70,15 @@ def _because(rows: list[Comparison]) -> str:
     if far.p_family is not None:
         parts.append(f"p {far.p_family:.2g} for all sites together under exchanged labels")
     return "; ".join(parts)
+
+
+def _checkpoints(record: CompareRecord) -> Iterator[Finding]:
+    for row in record.projected:
+        yield Finding(
+            question=f"was a direction projected out of {row.model}? ({row.test})",
+            answer=row.verdict,
+            because=row.reason,
+        )
 
 
 def _dimensions(record: CompareRecord) -> Iterator[Finding]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
 from demur.compare import subspaces
+from demur.compare.checkpoints import across, projected_out, writers
 from demur.compare.contrasts import ANSWER, Contrast, place_name
 from demur.compare.extract import (
     Grid,
+    PromptRows,
     harm,
+    read_prompts,
     refusal,
+    rows_of,
     t_inst,
     text_contrast,
 )
 from demur.compare.geometry import compare_layers
 from demur.compare.objects import Vectors
+from demur.compare.rows.checkpoints import Across, Projected
 from demur.compare.rows.geometry import Comparison
 from demur.compare.rows.record import (
     Placed,
@@ -28,6 +33,7 @@ from demur.compare.rows.record import (
 )
 from demur.em.organism import Organism
 from demur.errors import ConfigError
+from demur.models import Model
 from demur.pipeline.compare_state import BASE, Run, at_position, shift_name, stream_block
 from demur.sites import Site
 
@@ -278,3 +284,67 @@ def overlaps(run: Run) -> list[PlacedOverlap]:
         )
         out.extend(PlacedOverlap(site=str(site), place=place_name(-1), row=row) for row in found)
     return out
+
+
+def checkpoints(run: Run) -> tuple[tuple[Across, ...], tuple[Projected, ...]]:
+    """The same directions in organisms and other checkpoints, and what was projected out of those.
+
+    Other checkpoints are loaded one at a time.
+    """
+    words = [word for word in ("refusal", "harm") if word in run.things.words]
+    if not words or not (run.things.organisms or run.settings.checkpoints):
+        return (), ()
+    read: dict[str, PromptRows] = {BASE: run.rows(BASE)}
+    read |= {one.name: run.rows(one.name) for one in run.things.organisms}
+    rows: list[Projected] = []
+    for name in run.settings.checkpoints:
+        with run.stage(f"loading {name}", 1) as advance:
+            other = run.load(name)
+            advance(1)
+        if (other.n_layers, other.d_model) != (run.base.n_layers, run.base.d_model):
+            raise ConfigError(
+                f"{name} has {other.n_layers} blocks of width {other.d_model}, {run.base.name} "
+                f"{run.base.n_layers} of {run.base.d_model}",
+                "name a checkpoint that was made from the base",
+            )
+        with run.stage(f"prompts: {name}", rows_of(run.fit)) as advance:
+            read[name] = read_prompts(
+                other,
+                run.fit,
+                sites=run.sites,
+                batch_size=run.settings.batch_size,
+                progress=advance,
+            )
+        rows += _projected(run, name, other)
+    found: list[Across] = []
+    for word, position in (("refusal", -1), ("harm", t_inst(run.base))):
+        if word in words:
+            of = refusal if word == "refusal" else harm
+            models = {
+                name: list(at_position(of(one, run.fit, name=word), position).values())
+                for name, one in read.items()
+            }
+            found += across(
+                models, base=BASE, draws=run.settings.draws // 2, seed=run.seed("across")
+            )
+    return tuple(found), tuple(rows)
+
+
+def _projected(run: Run, name: str, other: Model) -> tuple[Projected, ...]:
+    middle = run.sites[len(run.sites) // 2]
+    direction = refusal(run.rows(BASE), run.fit)[middle, -1].direction()
+
+    def compute() -> list[Projected]:
+        with run.stage(f"what was projected out of {name}", len(list(writers(other)))) as advance:
+            return list(
+                projected_out(
+                    other,
+                    base=run.base,
+                    directions={f"refusal at {middle}": direction},
+                    seed=run.seed("projected"),
+                    progress=advance,
+                )
+            )
+
+    about = {"model": other.fingerprint, "site": str(middle), "prompts": asdict(run.fit)}
+    return tuple(run.kept.rows("projected", about, Projected, compute))

@@ -36,6 +36,7 @@ from demur.em.organism import CONFIG, VECTOR, Organism
 from demur.errors import ConfigError, DemurError, TooFewPromptsError, UnknownNameError
 from demur.evals.judges import judges
 from demur.models import Model
+from demur.models import load as load_model
 from demur.pipeline.em import (
     check_base,
     digest_of,
@@ -83,6 +84,8 @@ class CompareSettings:
         nulls: Random directions for each kind of edit; fewer than 19 cannot show p = .05.
         library: Folder of further unrelated contrasts.
         skip: Parts that are left out, of `PARTS`; a later run without it adds them.
+        checkpoints: Names of further models that were made from the base: fine-tunes, other
+            quantisations, abliterated ones.
         draws: Of clusters for every interval, and of sampled nulls.
         judge: Of replies, from which the first tokens of refusals are learned.
         seed: Of every draw.
@@ -102,6 +105,7 @@ class CompareSettings:
     nulls: int = 20
     library: str | None = None
     skip: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
     draws: int = 2000
     judge: str = "patterns"
     seed: int = 0
@@ -182,6 +186,7 @@ class Run:
     things: Things
     settings: CompareSettings
     kept: Kept
+    load: Callable[[str], Model]
     listener: Listener
     notes: list[str]
     prompts: Mapping[str, Mapping[str, PromptSet]]
@@ -395,7 +400,13 @@ def at_position(grid: Grid, position: int) -> dict[Site, Contrast]:
 
 
 def begin(
-    base: Model, things: Things, folder: Path, settings: CompareSettings, listener: Listener
+    base: Model,
+    things: Things,
+    folder: Path,
+    settings: CompareSettings,
+    *,
+    listener: Listener,
+    load: Callable[[str], Model] = load_model,
 ) -> Run:
     """Load prompts and questions, and settle where to read; arguments as for `compare_run`."""
     notes = check_base(base, things.organisms)
@@ -420,6 +431,7 @@ def begin(
         things,
         settings,
         Kept(Store(folder / "stages"), base=base.fingerprint, draws=settings.draws),
+        load,
         listener,
         notes,
         prompts,

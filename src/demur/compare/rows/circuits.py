@@ -218,10 +218,11 @@ class ReadWriteRow:
         component: Name of the part.
         direction: Name of the direction.
         site: Of the direction.
-        write_cosine: Of what the part writes (B) with the direction.
+        write_cosine: Of what the part writes (B) with the direction; None where B is not added to
+            the stream as it is, as of q_proj or where a norm follows.
         write_share: Share of the library's directions whose |cosine| with B is smaller; None
-            without a library.
-        write_p: That a library direction has as large a |cosine|; None without a library.
+            without a library, and as for `write_cosine`.
+        write_p: That a library direction has as large a |cosine|; None likewise.
         read: How much the mean scalar of an answer's tokens grows per residual-stream unit along
             the direction, added at every token where the adapted MLP (or attention) reads the
             stream; interval from drawing groups. None for a steering vector, which reads nothing.
@@ -235,7 +236,7 @@ class ReadWriteRow:
     component: str
     direction: str
     site: str
-    write_cosine: float
+    write_cosine: float | None
     write_share: float | None
     write_p: float | None
     read: Estimate | None

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from demur.compare.rows.behaviour import Behaviour, MediationRow
+from demur.compare.rows.checkpoints import Across, Projected
 from demur.compare.rows.circuits import (
     AttributionRow,
     CircuitComparison,
@@ -158,6 +159,8 @@ class CompareRecord(_Row):
     comparisons: tuple[Placed, ...]
     overlaps: tuple[PlacedOverlap, ...]
     alignments: tuple[PlacedAlignment, ...]
+    across: tuple[Across, ...]
+    projected: tuple[Projected, ...]
     counted: tuple[Counted, ...]
     behaviours: tuple[Behaviour, ...]
     mediations: tuple[MediationRow, ...]

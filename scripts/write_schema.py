@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from demur.compare.rows.record import CompareRecord
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
 
 SCHEMAS = {
@@ -10,6 +11,7 @@ SCHEMAS = {
     "guard-evaluation": GuardEvaluation,
     "anchor-evaluation": AnchorEvaluation,
     "em-audit": EmAudit,
+    "compare": CompareRecord,
 }
 
 if __name__ == "__main__":

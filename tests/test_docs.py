@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from demur import errors
-from demur.results import AuditResults, GuardEvaluation
+from demur.compare.rows.record import CompareRecord
+from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +23,14 @@ def test_every_error_class_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("results", AuditResults), ("guard-evaluation", GuardEvaluation)]
+    ("name", "model"),
+    [
+        ("results", AuditResults),
+        ("guard-evaluation", GuardEvaluation),
+        ("anchor-evaluation", AnchorEvaluation),
+        ("em-audit", EmAudit),
+        ("compare", CompareRecord),
+    ],
 )
 def test_the_published_schema_is_that_of_the_code(name, model):
     published = json.loads((ROOT / f"docs/{name}.schema.json").read_text(encoding="utf-8"))

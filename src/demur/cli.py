@@ -3186,6 +3186,12 @@ def compare(
     nulls: Annotated[
         int, typer.Option(min=1, help="Random directions per edit; under 19, p stays above .05.")
     ] = 20,
+    additions: Annotated[
+        bool,
+        typer.Option(
+            "--additions", help="Also add directions and take them away: twice the passes."
+        ),
+    ] = False,
     library: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="More unrelated contrasts, beside the packaged ones."),
@@ -3262,6 +3268,7 @@ def compare(
             site=site,
             kl=kl,
             nulls=nulls,
+            additions=additions,
             library=str(library) if library is not None else None,
             skip=tuple(skip or ()),
             checkpoints=tuple(checkpoint or ()),

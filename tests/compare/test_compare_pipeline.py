@@ -1,10 +1,12 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.em.test_em_pipeline import Counting, write_advice
 from tests.pages import assert_inert, shown
+from tests.report import sample
 from tests.tiny import tiny_model
 from typer.testing import CliRunner
 
@@ -12,16 +14,27 @@ from demur import cli
 from demur.compare.objects import formats
 from demur.compare.rows.record import CompareRecord, read_compare
 from demur.directions import Direction, save_direction
+from demur.edits import as_delta, edited
 from demur.em.organism import read_organism
 from demur.em.recipes import AdapterShape, AdviceData, EMRecipe, EMTraining, Rate
 from demur.em.training import train_organisms
 from demur.errors import ConfigError, StoreError, TooFewPromptsError, UnknownNameError
+from demur.interventions import Ablate
 from demur.pipeline.compare import PARTS, RECORD, CompareSettings, compare_run, find_things
-from demur.report import write_compare
+from demur.report import build, write_compare
 from demur.sites import Site
 
 SETTINGS = CompareSettings(
-    prompts=24, report=16, edited=16, limit=6, layers=(0, 1, 2), nulls=2, draws=40, seed=1, kl=0.02
+    prompts=16,
+    report=8,
+    edited=8,
+    limit=6,
+    paragraphs=2,
+    layers=(0, 1, 2),
+    nulls=2,
+    draws=40,
+    seed=1,
+    kl=0.02,
 )
 
 
@@ -81,6 +94,7 @@ def compared(base, trained, settings, folder):
 
 def test_every_part_is_measured_and_kept(compared, folder):
     record, heard = compared
+    assert set(record.seconds) >= {"geometry", "mediation: bad money"}
     assert not [note for note in record.notes if "could not be done" in note], record.notes
     assert {one.pair for one in record.comparisons} >= {
         "harm and refusal", "em and refusal", "em and harm", "twin and refusal",
@@ -109,8 +123,8 @@ def test_every_part_is_measured_and_kept(compared, folder):
 
 def test_no_prompt_is_read_and_reported_on(compared, base, trained, settings):
     record, _ = compared
-    assert record.fit == (24, 24)
-    assert record.report == (16, 16)
+    assert record.fit == (16, 16)
+    assert record.report == (8, 8)
     assert min(record.select) >= 4
     from demur.pipeline.compare_state import begin
     from demur.progress import Quiet
@@ -223,6 +237,44 @@ def test_a_page_without_edits_says_that_nothing_was_edited(base, settings, tmp_p
     text = shown(write_compare(tmp_path / RECORD).read_text("utf-8"))
     assert "Nothing was edited" in text
     assert "Mediation" not in text
+
+
+def test_an_audit_report_shows_the_comparison_of_its_own_model(compared, tmp_path):
+    record, _ = compared
+    model = sample.audit().model
+    sample.save(tmp_path, sample.audit())
+    same = record.model_copy(update={"fingerprint": model.fingerprint, "model": model.name})
+    (tmp_path / RECORD).write_text(same.model_dump_json())
+    page = build(tmp_path)
+    (section,) = re.findall(r'<section id="compared".*?</section>', page, flags=re.DOTALL)
+    assert record.findings[0].answer in section
+    assert "<svg" in section
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    (tmp_path / RECORD).write_text(record.model_dump_json())
+    assert 'id="compared"' not in build(tmp_path)
+
+
+def test_other_checkpoints_are_read_and_their_weights_asked(base, settings, tmp_path):
+    things = find_things(["refusal", "harm"])
+    grid = compare_run(base, things, tmp_path / "plain", replace(settings, skip=PARTS))
+    assert grid.across == ()
+    rows = torch.randn(base.d_model, generator=torch.Generator().manual_seed(1))
+    direction = Direction.from_vector(rows, site=Site(1, "resid_post"), position=-1, recipe="x")
+    made = {"same": base, "ablated": edited(base, as_delta(base, Ablate(direction)))}
+    found = compare_run(
+        base, things, tmp_path / "run", replace(settings, skip=PARTS, checkpoints=tuple(made)),
+        load=made.__getitem__,
+    )  # fmt: skip
+    assert {row.model for row in found.across} == {"same", "ablated"}
+    same = [row for row in found.across if row.model == "same"]
+    assert all(row.cosine.value == pytest.approx(1.0, abs=1e-6) for row in same)
+    verdicts = {(row.model, row.test): row.verdict for row in found.projected}
+    assert verdicts["ablated", "any direction, with the base"] == "projected out"
+    assert verdicts["same", "any direction, with the base"] == "no sign of it"
+    answers = [f.answer for f in found.findings if f.question.startswith("was a direction")]
+    assert "projected out" in answers
 
 
 def test_the_record_follows_its_schema(compared):

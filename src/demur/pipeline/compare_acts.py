@@ -36,7 +36,6 @@ from demur.selection import RefusalTokens
 from demur.sites import Site
 
 MARGIN, REFUSAL, OVER_REFUSAL = "em margin", "refusal", "over-refusal"
-_PARAGRAPHS = 8
 _MOST_DIRECTIONS = 3
 _PATCHED = 10
 
@@ -89,7 +88,7 @@ def parts(run: Run) -> dict[str, Any]:
     if run.part("mediation"):
         several = [
             attempted(run, f"mediation: {one.name}", lambda one=one: _mediation(run, acts, one))
-            for one in run.things.bad
+            for one in run.things.bad[:1]
         ]
         found["mediations"] = tuple(row for rows in several if rows is not None for row in rows)
     if run.part("circuits"):
@@ -162,6 +161,7 @@ def _about(run: Run, acts: _Acts) -> dict[str, Any]:
         "report": [_report(run, on).fingerprint for on in ("harmful", "harmless")],
         "items": [items_digest(part) for part in run.items],
         "nulls": run.settings.nulls,
+        "paragraphs": run.settings.paragraphs,
         "seed": run.settings.seed,
     }
 
@@ -226,8 +226,7 @@ def _outcomes(run: Run, acts: _Acts) -> list[behaviour.Outcome]:
 def _behaviour(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side) -> Behaviour:
     organism = run.things.bad[0] if run.things.bad else None
     twin = run.twins[organism.name] if organism is not None else None
-    # Adding is asked of refusal alone: each kind of edit takes a hundred passes and more.
-    kinds = behaviour.KINDS if other.name == "refusal" else behaviour.KINDS[:1]
+    kinds = behaviour.KINDS if run.settings.additions else behaviour.KINDS[:1]
 
     def compute() -> list[Behaviour]:
         models = 1 + (organism is not None) + (twin is not None)
@@ -238,7 +237,7 @@ def _behaviour(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side
                 one,
                 other,
                 _outcomes(run, acts),
-                neutral=neutral_paragraphs(_PARAGRAPHS),
+                neutral=neutral_paragraphs(run.settings.paragraphs),
                 spread=acts.spread,
                 organism=organism,
                 twin=twin,

@@ -188,7 +188,7 @@ def _stored(
             position = one.position if one.position is not None else -1
             moved = replace(one, site=site)
             for name, grid in every:
-                if name in has and not has[name]:
+                if not has.get(name, bool(run.things.bad) or "em" in run.things.words):
                     continue
                 places = {at for where, at in grid if where == site}
                 if not places:
@@ -296,7 +296,7 @@ def checkpoints(run: Run) -> tuple[tuple[Across, ...], tuple[Projected, ...]]:
         return (), ()
     read: dict[str, PromptRows] = {BASE: run.rows(BASE)}
     read |= {one.name: run.rows(one.name) for one in run.things.organisms}
-    rows: list[Projected] = []
+    projected: list[Projected] = []
     for name in run.settings.checkpoints:
         with run.stage(f"loading {name}", 1) as advance:
             other = run.load(name)
@@ -315,7 +315,7 @@ def checkpoints(run: Run) -> tuple[tuple[Across, ...], tuple[Projected, ...]]:
                 batch_size=run.settings.batch_size,
                 progress=advance,
             )
-        rows += _projected(run, name, other)
+        projected += _projected(run, name, other)
     found: list[Across] = []
     for word, position in (("refusal", -1), ("harm", t_inst(run.base))):
         if word in words:
@@ -324,10 +324,23 @@ def checkpoints(run: Run) -> tuple[tuple[Across, ...], tuple[Projected, ...]]:
                 name: list(at_position(of(one, run.fit, name=word), position).values())
                 for name, one in read.items()
             }
-            found += across(
-                models, base=BASE, draws=run.settings.draws // 2, seed=run.seed("across")
+            about = {
+                "word": word,
+                "models": {name: rows.model for name, rows in read.items()},
+                "prompts": asdict(run.fit),
+                **run.about(),
+            }
+            found += run.kept.rows(
+                "across",
+                about,
+                Across,
+                lambda models=models: list(
+                    across(
+                        models, base=BASE, draws=run.settings.draws // 2, seed=run.seed("across")
+                    )
+                ),
             )
-    return tuple(found), tuple(rows)
+    return tuple(found), tuple(projected)
 
 
 def _projected(run: Run, name: str, other: Model) -> tuple[Projected, ...]:
@@ -336,7 +349,7 @@ def _projected(run: Run, name: str, other: Model) -> tuple[Projected, ...]:
 
     def compute() -> list[Projected]:
         with run.stage(f"what was projected out of {name}", len(list(writers(other)))) as advance:
-            return list(
+            found = list(
                 projected_out(
                     other,
                     base=run.base,
@@ -345,6 +358,12 @@ def _projected(run: Run, name: str, other: Model) -> tuple[Projected, ...]:
                     progress=advance,
                 )
             )
+        return [replace(row, model=name) for row in found]
 
-    about = {"model": other.fingerprint, "site": str(middle), "prompts": asdict(run.fit)}
+    about = {
+        "model": other.fingerprint,
+        "name": name,
+        "site": str(middle),
+        "prompts": asdict(run.fit),
+    }
     return tuple(run.kept.rows("projected", about, Projected, compute))

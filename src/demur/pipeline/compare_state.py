@@ -82,6 +82,8 @@ class CompareSettings:
             there does on prompts of their own.
         kl: What every edit costs on neutral text, nats per token.
         nulls: Random directions for each kind of edit; fewer than 19 cannot show p = .05.
+        paragraphs: Of neutral text, on which that cost is taken.
+        additions: Also add directions and take them away, which nearly doubles the time of edits.
         library: Folder of further unrelated contrasts.
         skip: Parts that are left out, of `PARTS`; a later run without it adds them.
         checkpoints: Names of further models that were made from the base: fine-tunes, other
@@ -103,6 +105,8 @@ class CompareSettings:
     site: int | None = None
     kl: float = 0.05
     nulls: int = 20
+    paragraphs: int = 8
+    additions: bool = False
     library: str | None = None
     skip: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()

@@ -10,9 +10,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, TypeVar
 
+from demur.compare.rows.record import CompareRecord, read_compare
 from demur.report import charts, words
 from demur.report.anchor import view as anchor_view
 from demur.report.charts import BROAD, WIDE, Figure
+from demur.report.compare import section_view as compared_view
 from demur.report.em import section_view
 from demur.report.page import rendered, write_page
 from demur.results import (
@@ -42,7 +44,7 @@ LONGEST_REPLY = 1500
 # Names an unedited arm may go by; every other arm is shown against it.
 UNEDITED = frozenset({"baseline", "unedited", "plain", "before", "none"})
 NULL_FAMILIES = frozenset({"isotropic", "covariance-matched", "shuffled-labels"})
-_Record = TypeVar("_Record", AnchorEvaluation, EmAudit)
+_Record = TypeVar("_Record", AnchorEvaluation, EmAudit, CompareRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def build(run: Path) -> str:
 
     Args:
         run: The run's folder; only `results.json` and `replies.jsonl` in it are read, and an
-            `anchor-evaluation.json` or `em-audit.json`, if it is of the same model.
+            `anchor-evaluation.json`, `em-audit.json` or `compare.json`, if it is of the same model.
 
     Raises:
         StoreError: The folder holds no results of this schema.
@@ -137,6 +139,7 @@ def build(run: Path) -> str:
         read_replies(run),
         held=beside("anchor-evaluation.json", read_anchor_evaluation),
         em=beside("em-audit.json", read_em_audit),
+        compared=beside("compare.json", read_compare),
     )
 
 
@@ -162,6 +165,7 @@ def _page(
     *,
     held: AnchorEvaluation | None = None,
     em: EmAudit | None = None,
+    compared: CompareRecord | None = None,
 ) -> str:
     return rendered(
         "report.html.j2",
@@ -171,6 +175,8 @@ def _page(
         held_view=held and anchor_view(held),
         em=em,
         em_view=em and section_view(em),
+        compared=compared,
+        compared_view=compared and compared_view(compared),
     )
 
 

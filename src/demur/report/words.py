@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from functools import cache
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -24,6 +25,7 @@ def readable(text: str) -> str:
     return "".join(f"⟦U+{ord(mark):04X}⟧" if _acts(mark) else mark for mark in text)
 
 
+@cache
 def _acts(mark: str) -> bool:
     """Whether a character is a control, reorders or hides others, or is none at all."""
     if mark in _ALLOWED:

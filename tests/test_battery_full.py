@@ -12,11 +12,12 @@ from tests.planted import WIDTH, FirstWord, apart, apart_prompts
 from demur import attacks
 from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, Holding
 from demur.config import read_config
+from demur.directions import Direction
 from demur.em.recipes import read_em_recipe
 from demur.evals.judges import judges
 from demur.models import Model
 from demur.pipeline import battery as module
-from demur.pipeline.battery import Budget, _Arena, battery
+from demur.pipeline.battery import Budget, _Arena, _independent, battery
 from demur.pipeline.guard import fit
 from demur.sites import Site
 
@@ -258,3 +259,13 @@ def test_a_battery_that_was_stopped_does_not_search_again(made, anchor, fought, 
     more = replace(fought.how["budget"], queries=QUERIES + 1)
     with pytest.raises(pytest.fail.Exception, match="done again"):  # Another budget is another one.
         battery(made.model, anchor, **(fought.how | {"budget": more}))
+
+
+def test_directions_that_are_one_count_as_one():
+    def along(*weights: float) -> Direction:
+        vector = torch.tensor([*weights, 0.0, 0.0, 0.0, 0.0][:4])
+        return Direction.from_vector(vector, site=Site(0, "resid_pre"), position=-1, recipe="x")
+
+    one, two, three = along(1.0), along(1.0, 1.0), along(0.0, 0.0, 1.0)
+    assert _independent([one, one, two, along(0.0, 1.0), three], 4) == [one, two, three]
+    assert _independent([one, two, three], 2) == [one, two]

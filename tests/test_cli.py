@@ -262,18 +262,49 @@ FILES = {
 }
 
 
-def test_a_random_model_has_no_usable_direction_and_says_so(audit, tmp_path):
-    first = run(*audit, "--json", code=1)
+@pytest.fixture(scope="module")
+def audited(model, data, tmp_path_factory):
+    """An audit that was interrupted after a stage, and the same command again: a whole run."""
+    from demur import pipeline
+
+    folder = tmp_path_factory.mktemp("audited")
+    texts = (data / "harmful.txt").read_text(encoding="utf-8").splitlines()
+    names = ("fit", "select", "calibrate", "report")
+    rows = [{"prompt": text, "split": names[i % 4]} for i, text in enumerate(texts)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (folder / "given.jsonl").write_text(lines, encoding="utf-8")
+    mixed = [*_sentences("break", 12, 7), *_sentences("paint", 12, 8), *texts]
+    (folder / "copies.txt").write_text("\n".join(mixed), encoding="utf-8")
+    others = [{"prompt": text, "license": "CC-BY-4.0"} for text in _sentences("paint", 20, 9)]
+    lines = "\n".join(json.dumps(row) for row in others)
+    (folder / "more.jsonl").write_text(lines, encoding="utf-8")
+    # Nothing is left of a class that holds fitted prompts alone.
+    (folder / "fitted.txt").write_text("\n".join(texts[::4]), encoding="utf-8")
+    (folder / "paints.txt").write_text("\n".join(_sentences("paint", 20, 9)), encoding="utf-8")
+    args = ["audit", model, "--harmful", folder / "given.jsonl"]
+    args += ["--harmless", data / "harmless.txt", "--out", folder / "runs", *QUICK]
+    for one, other in (("copies.txt", "more.jsonl"), ("fitted.txt", "paints.txt")):
+        args += ["--validate", f"{folder / one} against {folder / other}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "null_bands", _interrupt)
+        cut = run(*args, code=130)
+    return args, cut, run(*args, "--json", code=1)
+
+
+def test_a_random_model_has_no_usable_direction_and_says_so(audited, tmp_path):
+    audit, cut, first = audited
     summary = json.loads(first.stdout)
     folder = Path(summary["run"])
-    assert folder.parent == tmp_path / "runs" / "tiny"
+    runs = folder.parent
+    assert runs == audit[audit.index("--out") + 1] / "tiny"
     assert {path.name for path in folder.iterdir()} >= FILES
     assert not summary["verdict"]["usable"]
     assert not summary["reused"]
     assert {leg["measure"] for leg in summary["legs"]} == {"refused"}
-    assert "testing candidates: " in first.stderr  # One line for each stage.
-    assert "\r" not in first.stderr
-    assert "\x1b" not in first.stderr
+    assert "testing candidates: " in cut.stderr  # One line for each stage.
+    for done in (cut, first):
+        assert "\r" not in done.stderr
+        assert "\x1b" not in done.stderr
 
     # The same command finds what is there, and says so.
     second = run(*audit, code=1)
@@ -283,7 +314,7 @@ def test_a_random_model_has_no_usable_direction_and_says_so(audit, tmp_path):
     assert "ablate the direction" in second.stdout
     assert str(folder / "report.html") in second.stdout
     assert "\x1b" not in second.stdout
-    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+    assert len(list(runs.iterdir())) == 1
 
     # And running again gives the same figures.
     third = run(*audit, "--force", "--json", "--quiet", code=1)
@@ -311,15 +342,8 @@ def test_a_random_model_has_no_usable_direction_and_says_so(audit, tmp_path):
     run(*args, "--system", "Be brief.", "--any-model", "Hello")
 
 
-def test_the_direction_is_read_on_sets_that_it_was_not_fitted_on(audit, tmp_path, data):
-    copies = (data / "harmful.txt").read_text(encoding="utf-8").splitlines()
-    rows = [*_sentences("break", 12, 7), *_sentences("paint", 12, 8), *copies]
-    (tmp_path / "copies.txt").write_text("\n".join(rows), encoding="utf-8")
-    others = [{"prompt": text, "license": "CC-BY-4.0"} for text in _sentences("paint", 20, 9)]
-    lines = "\n".join(json.dumps(row) for row in others)
-    (tmp_path / "more.jsonl").write_text(lines, encoding="utf-8")
-    spec = f"{tmp_path / 'copies.txt'} against {tmp_path / 'more.jsonl'}"
-    summary = json.loads(run(*audit, "--validate", spec, "--json", code=1).stdout)
+def test_the_direction_is_read_on_sets_that_it_was_not_fitted_on(audited, audit, data):
+    summary = json.loads(audited[2].stdout)
     found = summary["validation"]
     assert [row["name"] for row in found] == [
         "crossed pairs",
@@ -342,32 +366,17 @@ def test_the_direction_is_read_on_sets_that_it_was_not_fitted_on(audit, tmp_path
     refused(*audit, "--validate", f"{data / 'harmful.txt'} against {data / 'harmful.txt'}")
 
 
-def test_a_finished_stage_is_kept_when_the_next_is_interrupted(audit, data, tmp_path, monkeypatch):
-    from demur import pipeline
-
-    texts = (data / "harmful.txt").read_text(encoding="utf-8").splitlines()
-    names = ("fit", "select", "calibrate", "report")
-    rows = [{"prompt": text, "split": names[i % 4]} for i, text in enumerate(texts)]
-    lines = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "given.jsonl").write_text(lines, encoding="utf-8")
-    # Nothing is left of a class that holds fitted prompts alone.
-    (tmp_path / "copies.txt").write_text("\n".join(texts[::4]), encoding="utf-8")
-    (tmp_path / "paints.txt").write_text("\n".join(_sentences("paint", 20, 9)), encoding="utf-8")
-    spec = f"{tmp_path / 'copies.txt'} against {tmp_path / 'paints.txt'}"
-    audit = [*audit, "--harmful", tmp_path / "given.jsonl", "--validate", spec]
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "null_bands", _interrupt)
-        result = run(*audit, code=130)
-    assert "interrupted; the same command goes on from here" in result.stderr
-    again = run(*audit, "--json", code=1)
+def test_a_finished_stage_is_kept_when_the_next_is_interrupted(audited):
+    _, cut, again = audited
+    assert "interrupted; the same command goes on from here" in cut.stderr
+    assert "testing candidates" in cut.stderr
     assert "testing candidates" not in again.stderr
     assert "validation sets" not in again.stderr
     assert "random directions: " in again.stderr
-    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
-    # What the finished stages had to say is said all the same.
+    # What the finished stages had to say is said all the same, in the folder that was begun.
     found = json.loads((Path(json.loads(again.stdout)["run"]) / "results.json").read_text())
-    assert "copies against paints" not in {row["name"] for row in found["validation"]}
-    assert any("the validation set copies against paints is left" in x for x in found["notes"])
+    assert "fitted against paints" not in {row["name"] for row in found["validation"]}
+    assert any("the validation set fitted against paints is left" in x for x in found["notes"])
 
 
 def _interrupt(*_args, **_options):
@@ -676,12 +685,14 @@ def test_organism_train_and_verify_show_figures(tmp_path, model, monkeypatch, me
 # Harm and refusal apart -------------------------------------------------------------------------
 
 
-def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separate(audit):
-    at = audit.index("--layer")
-    options = [*audit[1:at], "--set", f"extraction.layers=[{audit[at + 1]}]", *audit[at + 2 :]]
-    fact, hint = refused("separate", *options)
-    assert "0 of 35 harmful prompts" in fact
+def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separate(audited):
+    # The audit of the same settings is there, and is not run again.
+    args, _, done = audited
+    config = Path(json.loads(done.stdout)["run"]) / "config.toml"
+    fact, hint = refused("separate", "--config", config, "--out", args[args.index("--out") + 1])
+    assert "0 of 15 harmful prompts" in fact
     assert "--harmful" in hint
+    assert len(list(config.parents[1].iterdir())) == 1
 
 
 # Guards ------------------------------------------------------------------------------------------

@@ -367,25 +367,33 @@ def test_a_seed_gives_one_adapter(base, files, tmp_path):
     assert made[0] != made[2]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted hardening ends as, and its recipe."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = recipe_of(
+        files_in(folder), training={"steps": 8}, stopping={"every": 3, "prompts": 3}
+    )
+    base = tiny_model("llama", torch.float32)
+    return recipe, harden.harden(base, recipe, out=folder / "whole", measure=False)
+
+
 @pytest.mark.parametrize("after", [1, 4, 7])  # Before any checkpoint, on one, between two.
-def test_an_interrupted_hardening_ends_as_an_uninterrupted_one(base, files, tmp_path, after):
-    recipe = recipe_of(files, training={"steps": 8}, stopping={"every": 3, "prompts": 3})
-    whole = harden.harden(base, recipe, out=tmp_path / "whole", measure=False)
+def test_an_interrupted_hardening_ends_as_an_uninterrupted_one(base, whole, tmp_path, after):
+    recipe, report = whole
     with pytest.raises(KeyboardInterrupt):
         harden.harden(base, recipe, out=tmp_path / "cut", progress=Stop(after), measure=False)
     assert not (tmp_path / "cut").exists()
+    with pytest.raises(ConfigError, match="another seed"):
+        harden.harden(base, recipe, out=tmp_path / "cut", seed=1, measure=False)
     listener = Stop(10**6)
     cut = harden.harden(base, recipe, out=tmp_path / "cut", progress=listener, measure=False)
     saved = after - after % 2
     assert listener.notes == ([f"resumed after step {saved} of 8"] if saved else [])
     assert "base model replies" not in listener.stages
-    assert weights(cut.folder) == weights(whole.folder)
-    assert cut.course == whole.course
+    assert weights(cut.folder) == weights(report.folder)
+    assert cut.course == report.course
     assert [look.step for look in cut.course] == [3, 6]
-    with pytest.raises(KeyboardInterrupt):
-        harden.harden(base, recipe, out=tmp_path / "d", progress=Stop(after), measure=False)
-    with pytest.raises(ConfigError, match="another seed"):
-        harden.harden(base, recipe, out=tmp_path / "d", seed=1, measure=False)
 
 
 @pytest.mark.parametrize("most_kl", [1e3, 1e-9])

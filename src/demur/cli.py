@@ -842,14 +842,19 @@ def _show_audit(run: AuditRun, report: Path) -> None:
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to.", show_default="RUN/report.html")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where to.", show_default="report.html or compare.html in it"
+        ),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
-    """Draw the report of a finished run again, from its records."""
-    from demur.report import write
+    """Draw the report of a finished audit or comparison again, from its records."""
+    from demur.report import write, write_compare
 
-    path = write(run, out)
+    record = run / "compare.json"
+    alone = record.is_file() and not (run / "results.json").is_file()
+    path = write_compare(record, out) if alone else write(run, out)
     _print(str(path))
     if open_:
         import webbrowser

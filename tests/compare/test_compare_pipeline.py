@@ -230,6 +230,9 @@ def test_the_page_shows_every_part_and_runs_nothing(compared, folder):
     for finding in record.findings:
         assert finding.answer in text
     assert page.count("<svg") >= 8
+    again = CliRunner().invoke(cli.app, ["report", str(folder), "--out", str(folder / "b.html")])
+    assert again.exit_code == 0, again.output
+    assert (folder / "b.html").read_text("utf-8") == page
 
 
 def test_a_page_without_edits_says_that_nothing_was_edited(base, settings, tmp_path):
@@ -288,3 +291,25 @@ def test_the_command_says_what_is_wrong(tmp_path):
     helped = CliRunner().invoke(cli.app, ["compare", "--help"])
     assert helped.exit_code == 0
     assert "repeng" in helped.output
+
+
+def test_the_command_asks_weights_whether_a_direction_is_gone(base, tmp_path):
+    rows = torch.randn(base.d_model, generator=torch.Generator().manual_seed(1))
+    direction = Direction.from_vector(rows, site=Site(1, "resid_post"), position=-1, recipe="x")
+    save_direction(direction, tmp_path / "x.safetensors", about={"fingerprint": base.fingerprint})
+    ablated = edited(base, as_delta(base, Ablate(direction)))
+    for name, one in (("base", base), ("ablated", ablated)):
+        one.hf.save_pretrained(tmp_path / name)
+        one.template.tokenizer.save_pretrained(tmp_path / name)
+    command = ["models", "projected", "--json", "-q", "--dtype", "float32"]
+    own = CliRunner().invoke(cli.app, [*command, str(tmp_path / "base")])
+    assert own.exit_code == 0, own.output
+    found = CliRunner().invoke(
+        cli.app,
+        [*command, str(tmp_path / "ablated"), "--base", str(tmp_path / "base"),
+         "--direction", str(tmp_path / "x.safetensors")],
+    )  # fmt: skip
+    assert found.exit_code == 1, found.output
+    verdicts = {row["test"]: row["verdict"] for row in json.loads(found.stdout)}
+    assert verdicts["this direction, with the base"] == "projected out"
+    assert len(verdicts) == 4

@@ -3191,6 +3191,9 @@ def compare(
     nulls: Annotated[
         int, typer.Option(min=1, help="Random directions per edit; under 19, p stays above .05.")
     ] = 20,
+    paragraphs: Annotated[
+        int, typer.Option(min=2, help="Of neutral text, on which that cost is taken.")
+    ] = 8,
     additions: Annotated[
         bool,
         typer.Option(
@@ -3273,6 +3276,7 @@ def compare(
             site=site,
             kl=kl,
             nulls=nulls,
+            paragraphs=paragraphs,
             additions=additions,
             library=str(library) if library is not None else None,
             skip=tuple(skip or ()),

@@ -75,16 +75,6 @@ def parts(run: Run) -> dict[str, Any]:
         counted = attempted(run, "how many directions", lambda: _counted(run, acts))
         found["counted"] = counted or ()
     sides = list(_sides(run, acts))
-    if run.part("behaviour"):
-        rows = [
-            attempted(
-                run,
-                f"behaviour: {one.name} and {other.name}",
-                lambda one=one, other=other: _behaviour(run, acts, one, other),
-            )
-            for one, other in sides
-        ]
-        found["behaviours"] = tuple(row for row in rows if row is not None)
     if run.part("mediation"):
         several = [
             attempted(run, f"mediation: {one.name}", lambda one=one: _mediation(run, acts, one))
@@ -101,6 +91,16 @@ def parts(run: Run) -> dict[str, Any]:
             for one, other in sides
         ]
         found["circuits"] = tuple(row for row in drawn if row is not None)
+    if run.part("behaviour"):
+        rows = [
+            attempted(
+                run,
+                f"behaviour: {one.name} and {other.name}",
+                lambda one=one, other=other: _behaviour(run, acts, one, other),
+            )
+            for one, other in sides
+        ]
+        found["behaviours"] = tuple(row for row in rows if row is not None)
     return found
 
 

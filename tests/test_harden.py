@@ -340,7 +340,7 @@ def test_no_steps_are_the_base_bit_for_bit(base, files, tmp_path, precision):
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(base, files, tmp_path):
     before = {name: value.clone() for name, value in base.hf.state_dict().items()}
-    recipe = recipe_of(files, training={"steps": 40, "batch_size": 4})
+    recipe = recipe_of(files, training={"steps": 40})
     report = harden.harden(base, recipe, out=tmp_path / "h", measure=False)
     assert report.last_loss < 0.6 * report.first_loss
     assert all(torch.equal(value, before[name]) for name, value in base.hf.state_dict().items())
@@ -371,9 +371,7 @@ def test_a_seed_gives_one_adapter(base, files, tmp_path):
 def whole(tmp_path_factory):
     """What an uninterrupted hardening ends as, and its recipe."""
     folder = tmp_path_factory.mktemp("whole")
-    recipe = recipe_of(
-        files_in(folder), training={"steps": 8}, stopping={"every": 3, "prompts": 3}
-    )
+    recipe = recipe_of(files_in(folder), training={"steps": 8}, stopping={"every": 3, "prompts": 3})
     base = tiny_model("llama", torch.float32)
     return recipe, harden.harden(base, recipe, out=folder / "whole", measure=False)
 
@@ -689,7 +687,7 @@ def test_a_hardened_model_refuses_where_the_planted_direction_is_ablated(tmp_pat
     toy = planted(dtype=torch.float32)
     site = Site(PLANTED_LAYER, "resid_pre")
     act = Ablate(Direction.from_vector(toy.direction, site=site, position=-1, recipe="planted"))
-    recipe = planted_recipe(tmp_path, steps=150)
+    recipe = planted_recipe(tmp_path, steps=75, learning_rate=8e-3)
     report = harden.harden(toy.model, recipe, out=tmp_path / "h", measure=False)
     hardened = with_adapter(toy.model, str(report.folder))
     harmful = planted_prompts(32, harmful=True, seed=20)

@@ -325,6 +325,42 @@ def test_strengths_are_found_in_each_model():
     assert "0 random directions are too few" in verdict(found, "organism").reason
 
 
+def test_what_does_not_hang_on_the_other_direction_is_measured_once():
+    one = linear()
+    about = {
+        "neutral": one.neutral, "spread": one.spread, "organism": doubled(), "kl": 0.02,
+        "n_random": 2, "kinds": ("remove",), "tolerance": 0.2, "seed": 0, "draws": 50,
+    }  # fmt: skip
+    outcomes = [one.outcome(A), one.outcome(B)]
+    a, b, c = (side(one, name, *rest) for name, *rest in
+               (("a", A, 1.0), ("b", B, 0.0, 1.0), ("c", B, 0.6, 0.8)))  # fmt: skip
+    first = behaviour_matrix(one.model, a, b, outcomes, **about)
+    asked: list[str] = []
+    counted = [
+        replace(o, prepare=lambda m, o=o: lambda *acts: asked.append(o.name) or o.prepare(m)(*acts))
+        for o in outcomes
+    ]
+    done: list[int] = []
+    again = behaviour_matrix(one.model, a, c, counted, **about, reuse=first, progress=done.append)
+    assert sum(done) == steps(models=2, n_random=2, kinds=("remove",))
+    # Two models and outcomes, each unedited and under five arms of its own.
+    assert len(asked) == 2 * 2 * (1 + 5)
+    for arm in ("remove a", "remove PC1", "remove random #2"):
+        for who in ("base", "organism"):
+            assert again.kls[arm, who] == first.kls[arm, who]
+            assert again.arm(arm, who) is first.arm(arm, who)
+            for name in (A, B, DAMAGE):
+                assert again.moved[arm, who, name] is first.moved[arm, who, name]
+    acts = again.arm("remove c", "base").acts
+    np.testing.assert_allclose(
+        again.moved["remove c", "base", A], one.outcome(A).prepare(one.model)(*acts)
+    )
+    assert again.kls["remove c", "base"] == pytest.approx(0.02, rel=0.2)
+    assert len(cells(again)) == len(cells(first))
+    with pytest.raises(ConfigError, match="another direction, cost"):
+        behaviour_matrix(one.model, b, c, outcomes, **about, reuse=first)
+
+
 def test_the_same_edit_may_run_on_all_models():
     one = linear()
     done: list[int] = []

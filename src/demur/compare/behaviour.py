@@ -426,6 +426,13 @@ class Matrix:
         known = {arm.name: arm for arm in self.arms}
         return self.by_model.get((name, who), known[name])
 
+    def take(self, other: Matrix, arm: str, who: str) -> None:
+        """Take over what another matrix found of an arm that is in both."""
+        self.kls[arm, who] = other.kls[arm, who]
+        self.plain[who, DAMAGE] = other.plain[who, DAMAGE]
+        for outcome in self.outcomes:
+            self.moved[arm, who, outcome.name] = other.moved[arm, who, outcome.name]
+
     def before(self, who: str, outcome: str) -> np.ndarray:
         """Values without edit; of a difference, their difference."""
         one, _, other = who.partition(" - ")
@@ -500,6 +507,7 @@ def behaviour_matrix(
     batch_size: int | None = None,
     seed: int,
     draws: int = _DRAWS,
+    reuse: Matrix | None = None,
     progress: Progress | None = None,
 ) -> Matrix:
     """Run every arm on every model.
@@ -528,19 +536,36 @@ def behaviour_matrix(
         batch_size: Of passes over neutral text.
         seed: Of random directions and of draws.
         draws: Of groups.
+        reuse: What the same call gave with another `b`: random directions, the first principal
+            component and `a` alone do the same again, and are taken from there.
         progress: Called once per arm that was brought to the cost, and once per arm and model; see
             `steps`.
 
     Raises:
         ConfigError: Both directions lie at different sites, an outcome's name is missing or taken
-            twice, a twin is given without an organism, or `spread` lacks a site.
+            twice, a twin is given without an organism, `spread` lacks a site, or `reuse` is of
+            another `a`, cost, seed or other outcomes.
         TooFewPromptsError: There are fewer than two paragraphs.
     """
     _check(a, b, outcomes, neutral=neutral, organism=organism, twin=twin)
+    if reuse is not None and (
+        (reuse.a.name, reuse.kl, reuse.seed) != (a.name, kl, seed)
+        or [one.name for one in reuse.outcomes[:-1]] != [one.name for one in outcomes]
+    ):
+        raise ConfigError(
+            "the matrix to take arms from is of another direction, cost, seed or other outcomes",
+            "leave `reuse` out",
+        )
     advance = progress if progress is not None else lambda _: None
     skipped: list[str] = []
 
-    def armed(bench: Bench, starts: Mapping[str, float]) -> list[Arm]:
+    def known(who: str) -> dict[str, Arm]:
+        if reuse is None or who not in reuse.models:
+            return {}
+        same = (reuse.arm(arm.name, who) for arm in reuse.arms if _alone(arm, a))
+        return {arm.name: arm for arm in same}
+
+    def armed(bench: Bench, starts: Mapping[str, float], who: str) -> list[Arm]:
         arms: list[Arm] = []
         for kind in kinds:
             dose = partial(
@@ -560,6 +585,7 @@ def behaviour_matrix(
                 skipped=skipped,
                 dose=dose,
                 starts=starts,
+                known=known(who),
                 n_random=n_random,
                 seed=seed,
                 advance=advance,
@@ -567,7 +593,7 @@ def behaviour_matrix(
         return arms
 
     bench = _bench(base, neutral, batch_size)
-    arms = armed(bench, {})
+    arms = armed(bench, {}, "base")
     starts = {arm.name: abs(arm.strength) for arm in arms if arm.strength is not None}
     damage = Outcome(
         DAMAGE, "nats per token of neutral text", tuple(range(len(neutral))), _unused, signed=False
@@ -586,8 +612,12 @@ def behaviour_matrix(
         for name, measure in measures.items():
             matrix.plain[who, name] = np.array(measure(), dtype=np.float64)
         if who != "base" and match == "each":
-            matrix.by_model |= {(arm.name, who): arm for arm in armed(text, starts)}
+            matrix.by_model |= {(arm.name, who): arm for arm in armed(text, starts, who)}
         for arm in (matrix.arm(one.name, who) for one in arms):
+            if reuse is not None and arm.name in known(who):
+                matrix.take(reuse, arm.name, who)
+                advance(1)
+                continue
             cost = text.cost(*arm.acts)
             matrix.kls[arm.name, who] = cost.mean_kl()
             matrix.plain[who, DAMAGE] = cost.plain
@@ -597,6 +627,12 @@ def behaviour_matrix(
             advance(1)
         del model, text, measures
     return matrix
+
+
+def _alone(arm: Arm, a: Side) -> bool:
+    """Whether an arm does not hang on the other direction."""
+    own = {f"remove {a.name}", "remove PC1", f"add {a.name}", f"subtract {a.name}"}
+    return arm.random or arm.name in own
 
 
 def _dose(kl_of: Callable[[float], float], start: float, **about: Any) -> Dose:
@@ -685,6 +721,7 @@ def _dosed(
     skipped: list[str],
     dose: Callable[[Callable[[float], float], float], Dose],
     starts: Mapping[str, float],
+    known: Mapping[str, Arm],
     n_random: int,
     seed: int,
     advance: Progress,
@@ -723,6 +760,10 @@ def _dosed(
     found: dict[str, Arm] = {}
     start = 1.0
     for name, random, plan, sign in plans():
+        if name in known:
+            found[name] = known[name]
+            advance(1)
+            continue
         try:
             make = plan()
         except DegenerateVectorError as error:

@@ -92,11 +92,12 @@ def parts(run: Run) -> dict[str, Any]:
         ]
         found["circuits"] = tuple(row for row in drawn if row is not None)
     if run.part("behaviour"):
+        measured: list[behaviour.Matrix] = []
         rows = [
             attempted(
                 run,
                 f"behaviour: {one.name} and {other.name}",
-                lambda one=one, other=other: _behaviour(run, acts, one, other),
+                lambda one=one, other=other: _behaviour(run, acts, one, other, measured),
             )
             for one, other in sides
         ]
@@ -223,7 +224,13 @@ def _outcomes(run: Run, acts: _Acts) -> list[behaviour.Outcome]:
     ]
 
 
-def _behaviour(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side) -> Behaviour:
+def _behaviour(
+    run: Run,
+    acts: _Acts,
+    one: behaviour.Side,
+    other: behaviour.Side,
+    measured: list[behaviour.Matrix],
+) -> Behaviour:
     organism = run.things.bad[0] if run.things.bad else None
     twin = run.twins[organism.name] if organism is not None else None
     kinds = behaviour.KINDS if run.settings.additions else behaviour.KINDS[:1]
@@ -247,8 +254,10 @@ def _behaviour(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side
                 batch_size=run.settings.batch_size,
                 seed=run.seed("behaviour"),
                 draws=run.settings.draws,
+                reuse=measured[-1] if measured else None,
                 progress=advance,
             )
+        measured.append(matrix)
         return [behaviour.behaviour(matrix)]
 
     about = {

@@ -685,14 +685,23 @@ def test_organism_train_and_verify_show_figures(tmp_path, model, monkeypatch, me
 # Harm and refusal apart -------------------------------------------------------------------------
 
 
-def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separate(audited):
-    # The audit of the same settings is there, and is not run again.
+def test_separate_says_that_a_model_which_refuses_nothing_has_nothing_to_separate(
+    audited, tmp_path
+):
     args, _, done = audited
-    config = Path(json.loads(done.stdout)["run"]) / "config.toml"
-    fact, hint = refused("separate", "--config", config, "--out", args[args.index("--out") + 1])
-    assert "0 of 15 harmful prompts" in fact
+    run_folder = Path(json.loads(done.stdout)["run"])
+    before = set(run_folder.parent.iterdir())
+    text = (run_folder / "config.toml").read_text(encoding="utf-8")
+    sets = text[text.index("[[data.validation]]") : text.index("[extraction]")]
+    (tmp_path / "sets.toml").write_text(sets, encoding="utf-8")
+    options = args[1 : args.index("--validate")]
+    at = options.index("--layer")
+    options[at : at + 2] = ["--set", f"extraction.layers=[{options[at + 1]}]"]
+    fact, hint = refused("separate", *options, "--config", tmp_path / "sets.toml")
+    assert "0 of 30 harmful prompts" in fact
     assert "--harmful" in hint
-    assert len(list(config.parents[1].iterdir())) == 1
+    # The same settings, so the audit was there and was not run again.
+    assert set(run_folder.parent.iterdir()) == before
 
 
 # Guards ------------------------------------------------------------------------------------------

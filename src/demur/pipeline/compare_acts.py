@@ -12,11 +12,12 @@ from torch import Tensor
 from demur.compare import attribution, behaviour, circuits, dimensions, mediation, patching
 from demur.compare.contrasts import ANSWER, Contrast
 from demur.compare.rows.behaviour import Behaviour, MediationRow
-from demur.compare.rows.circuits import CircuitComparison, PatchingRow, ReadWriteRow
+from demur.compare.rows.circuits import PatchingRow, ReadWriteRow
 from demur.compare.rows.record import (
     Circuits,
     Counted,
     NamedAttribution,
+    Needed,
 )
 from demur.directions import Direction
 from demur.em.organism import Organism
@@ -353,7 +354,7 @@ def _drawn(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side) ->
         seed=run.seed("circuits"),
     )
     patched = attempted(
-        run, f"patching: {one.name} and {other.name}", lambda: _patched(run, acts, organism)
+        run, f"patching: {one.name} and {other.name}", lambda: _needed(run, acts, organism)
     )
     rows: tuple[ReadWriteRow, ...] = ()
     if organism is not None:
@@ -378,8 +379,8 @@ def _drawn(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side) ->
         site=str(site),
         attributions=tuple(tables),
         written=written,
-        patchings=patched[0] if patched is not None else (),
-        needed=patched[1] if patched is not None else None,
+        patchings=patched.patchings if patched is not None else (),
+        needed=patched.compared if patched is not None else None,
         read_write=rows,
     )
 
@@ -407,9 +408,15 @@ def _written_bad(
     return attribution.direct(*sides, paired=True, clusters=(groups, groups))
 
 
-def _patched(
-    run: Run, acts: _Acts, organism: Organism | None
-) -> tuple[tuple[PatchingRow, ...], CircuitComparison | None]:
+def _needed(run: Run, acts: _Acts, organism: Organism | None) -> Needed:
+    about = {
+        **_about(run, acts),
+        "models": run.whose(*(one.name for one in (organism,) if one is not None)),
+    }
+    return run.kept.rows("patching", about, Needed, lambda: [_patched(run, acts, organism)])[0]
+
+
+def _patched(run: Run, acts: _Acts, organism: Organism | None) -> Needed:
     """What refusal needs, and what the organism's margin needs; in float32."""
     small = run.base.dtype in (torch.bfloat16, torch.float16)
     base = run.base.twin(torch.float32) if small else run.base
@@ -451,11 +458,11 @@ def _patched(
         )  # fmt: skip
         found.append(effects)
     if len(found) < 2:
-        return tuple(rows), None
+        return Needed(patchings=tuple(rows), compared=None)
     seed, draws = run.seed("needed"), run.settings.draws
     both = circuits.compare(
         found[1].circuit("the margin", seed=seed, draws=draws),
         found[0].circuit("refusal", turned=True, seed=seed, draws=draws),
         seed=run.seed("needed"),
     )
-    return tuple(rows), both
+    return Needed(patchings=tuple(rows), compared=both)

@@ -81,6 +81,18 @@ class NamedAttribution(_Row):
     row: AttributionRow
 
 
+class Needed(_Row):
+    """What replacing each component does to refusal and to the margin of bad answers.
+
+    Attributes:
+        patchings: Of refusal; and of the margin, where there is an organism.
+        compared: The two; None where one of them was not measured.
+    """
+
+    patchings: tuple[PatchingRow, ...]
+    compared: CircuitComparison | None
+
+
 class Circuits(_Row):
     """Which heads and MLPs write two directions, and which of them two behaviours need.
 

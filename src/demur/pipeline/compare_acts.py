@@ -430,9 +430,9 @@ def _patched(run: Run, acts: _Acts, organism: Organism | None) -> Needed:
         (asked_for, patching.means_over(base, prompts[1].texts, positions=template.n_post))
     ]
     if organism is not None:
-        measures.append(
-            (patching.margin_measure(base, run.items[1]), patching.OfModel(organism.on(base)))
-        )
+        trained = run.model(organism.name)
+        wide = trained.twin(torch.float32) if small else trained
+        measures.append((patching.margin_measure(base, run.items[1]), patching.OfModel(wide)))
     rows: list[PatchingRow] = []
     found: list[patching.Effects] = []
     for measure, other in measures:

@@ -1,5 +1,6 @@
 """What every test runs under: shape and type checks on, no network, fixed seeds, few threads."""
 
+import gc
 import os
 import random
 import sys
@@ -113,3 +114,10 @@ def backend(monkeypatch):
     server = Backend()
     yield server
     server.close()
+
+
+def pytest_collection_finish(session):
+    """Keep what imports and collection left out of every later garbage collection."""
+    del session
+    gc.collect()
+    gc.freeze()

@@ -1642,6 +1642,13 @@ def organism_train(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Train on this model, not the recipe's.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Merged into that model first; `auto` is the one that ships with smollm2.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -1679,7 +1686,8 @@ def organism_train(
             advance(1)
         chosen = _any_recipe(recipe)
         place = out if out is not None else Path("organisms") / chosen.name
-        on, how = _base(base, listener), {"seed": seed, "progress": listener, "resume": resume}
+        on = _base(base, listener, adapter)
+        how = {"seed": seed, "progress": listener, "resume": resume}
         made: tuple[TrainedOrganism, ...] = ()
         report: TrainingReport | None = None
         if isinstance(chosen, EMRecipe):
@@ -1831,10 +1839,14 @@ def organism_verify(
         raise typer.Exit(NOT_FOUND)
 
 
-def _base(name: str | None, listener: _Bars | _Lines | _Silent) -> Model | None:
+def _base(
+    name: str | None, listener: _Bars | _Lines | _Silent, adapter: str | None = None
+) -> Model | None:
     if name is None:
+        if adapter is not None:
+            raise typer.BadParameter("--adapter needs --base: the recipe's base has none")
         return None
-    return _load(_model_settings({"model.name": name, "model.adapter": None}), listener)
+    return _load(_model_settings({"model.name": name, "model.adapter": adapter}), listener)
 
 
 def _any_recipe(source: str) -> Recipe | EMRecipe:

@@ -114,7 +114,12 @@ def test_a_shift_begins_behind_the_adapter_and_is_what_was_planted_there(
     pair, its_pair = (read_pair(one, ITEMS, sites=SITES) for one in (base, organism))
     its_rows = read_prompts(organism, both, sites=SITES)
     grid = shift_contrast(
-        (its_rows, its_pair), (rows, pair), both, name="em shift", over="the base"
+        (its_rows, its_pair),
+        (rows, pair),
+        both,
+        name="em shift",
+        over="the base",
+        model=base.fingerprint,
     )
     assert {site for site, _ in grid} == set(SITES[1:])
     for position in (-1, t_inst(base), ANSWER):

@@ -266,9 +266,8 @@ def _classes(name: str, rows: PromptRows, prompts: Asked, recipe: str) -> Grid:
 
 def text_contrast(pair: AnswerPair, *, name: str) -> Grid:
     """Bad minus good answers to the same questions, read by one model."""
-    return _between(
-        name, pair.bad, pair.good, f"bad - good answers to the same questions, on {pair.bad.name}"
-    )
+    recipe = f"bad - good answers to the same questions, on {pair.bad.name}"
+    return _between(name, pair.bad, pair.good, recipe, pair.bad.model)
 
 
 def shift_contrast(
@@ -278,6 +277,7 @@ def shift_contrast(
     *,
     name: str,
     over: str,
+    model: str,
 ) -> Grid:
     """What training changed: organism minus its good twin, or the base, on the same tokens.
 
@@ -289,10 +289,12 @@ def shift_contrast(
         prompts: That were read.
         name: As tables call it.
         over: What it is held against, in words.
+        model: Fingerprint of the base that both were trained on.
     """
     own, theirs = bad[0], other[0]
     one, two = _keys(prompts)
-    out = dict(_between(name, bad[1].bad, other[1].bad, f"on the same bad answers, beyond {over}"))
+    recipe = f"on the same bad answers, beyond {over}"
+    out = dict(_between(name, bad[1].bad, other[1].bad, recipe, model))
     for i, site in enumerate(own.sites):
         for j, position in enumerate(own.positions):
             if bool((own.values[i, j] != theirs.values[i, j]).any()):
@@ -302,14 +304,14 @@ def shift_contrast(
                     theirs.values[i, j],
                     site=site,
                     position=position,
-                    model=theirs.model,
+                    model=model,
                     recipe=f"on the same prompts at position {position}, beyond {over}",
                     clusters=[*one, *two],
                 )
     return out
 
 
-def _between(name: str, plus: AnswerMeans, minus: AnswerMeans, recipe: str) -> Grid:
+def _between(name: str, plus: AnswerMeans, minus: AnswerMeans, recipe: str, model: str) -> Grid:
     return {
         (site, ANSWER): Contrast.of_pairs(
             name,
@@ -317,7 +319,7 @@ def _between(name: str, plus: AnswerMeans, minus: AnswerMeans, recipe: str) -> G
             minus.at(site),
             site=site,
             position=ANSWER,
-            model=minus.model,
+            model=model,
             recipe=recipe,
             clusters=[("answer", *group) for group in plus.groups],
         )

@@ -387,6 +387,7 @@ class Run:
             self.fit,
             name=shift_name(one),
             over="its good twin" if twin is not None else "the base",
+            model=self.base.fingerprint,
         )
 
 

@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import Any
 
 from demur.compare.rows.behaviour import Behaviour, MatrixCell, MediationRow
-from demur.compare.rows.circuits import PatchingRow
+from demur.compare.rows.circuits import PatchingRow, ReadWriteRow
 from demur.compare.rows.record import Circuits, CompareRecord, Counted, Placed, read_compare
 from demur.report import charts, words
 from demur.report.charts import BROAD, HALF
@@ -100,6 +100,7 @@ def _view(found: CompareRecord) -> dict[str, Any]:
         "patched": [row for row in found.mediations if row.way == "patch"],
         "random_range": _random_range,
         "largest": _largest,
+        "strongest": _strongest,
         "methods": _methods(found),
         "figures": section["figures"] | _figures(found),
     }
@@ -135,6 +136,15 @@ def _random_range(row: MediationRow) -> str:
 
 def _largest(row: PatchingRow, n: int = 12) -> list[Any]:
     return sorted(row.components, key=lambda part: -abs(part.estimated.value))[:n]
+
+
+def _strongest(rows: Sequence[ReadWriteRow], n: int = 24) -> list[ReadWriteRow]:
+    """Those parts of an adapter that write or read most along a direction."""
+
+    def size(row: ReadWriteRow) -> float:
+        return max(abs(row.write_cosine or 0.0), abs(row.read_cosine or 0.0))
+
+    return sorted(rows, key=lambda row: -size(row))[:n]
 
 
 def _methods(found: CompareRecord) -> list[tuple[str, str]]:

@@ -3325,6 +3325,8 @@ def compare(
 
     table = _table("question", "answer", "because")
     for finding in result.findings:
+        if not finding.headline:
+            continue
         table.add_row(*map(escape, (finding.question, finding.answer, finding.because)))
     _console().print(table)
     for note in result.notes:

@@ -34,7 +34,13 @@ _QUESTIONS = {
 }
 
 
+_FIRST = ("em and refusal", "em and harm", "harm and refusal")
+
+
 def _geometry(record: CompareRecord) -> Iterator[Finding]:
+    first = next((table.a for table in record.behaviours), None) or next(
+        (one.row.a for one in record.comparisons if one.row.a.startswith("shift of ")), ""
+    )
     for pair, question in _QUESTIONS.items():
         groups: dict[tuple[str, str, str], list[Placed]] = {}
         for one in record.comparisons:
@@ -45,6 +51,7 @@ def _geometry(record: CompareRecord) -> Iterator[Finding]:
                 question=f"{a} and {b}, {place}: {question}",
                 answer=_said(row.row.verdict for row in rows),
                 because=_because([row.row for row in rows]),
+                headline=pair in _FIRST and (a in (first, "em text", "harm")),
             )
 
 
@@ -78,6 +85,7 @@ def _checkpoints(record: CompareRecord) -> Iterator[Finding]:
             question=f"was a direction projected out of {row.model}? ({row.test})",
             answer=row.verdict,
             because=row.reason,
+            headline=True,
         )
 
 
@@ -87,6 +95,7 @@ def _dimensions(record: CompareRecord) -> Iterator[Finding]:
             question=f"how many directions is refusal, by the search `{one.method}`?",
             answer=one.cone.claim,
             because=f"{one.cone.reason}, n={one.cone.n}",
+            headline=one.method == "causal",
         )
 
 
@@ -98,6 +107,7 @@ def _behaviour(record: CompareRecord) -> Iterator[Finding]:
                 f"{row.model}, by `{row.arms}`?",
                 answer=row.label,
                 because=row.reason,
+                headline=row.arms == "remove" and row.model in ("base", "organism"),
             )
 
 
@@ -115,6 +125,7 @@ def _mediation(record: CompareRecord) -> Iterator[Finding]:
             )
             if row.share is not None
             else row.undefined,
+            headline=row.mediator != "em text",
         )
 
 
@@ -133,4 +144,5 @@ def _circuits(record: CompareRecord) -> Iterator[Finding]:
                 because=f"rank correlation {rank.value:.2f} over {row.n} components, "
                 f"{rank.null_low:.2f} to {rank.null_high:.2f} when permuted within blocks, "
                 f"p {rank.p:.2g}",
+                headline=True,
             )

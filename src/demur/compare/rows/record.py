@@ -124,11 +124,13 @@ class Finding(_Row):
         question: What was asked.
         answer: In a few words, as a verdict.
         because: With numbers.
+        headline: Whether it is among those that a reader sees first.
     """
 
     question: str
     answer: str
     because: str
+    headline: bool
 
 
 class CompareRecord(_Row):

@@ -157,7 +157,6 @@ def _report(run: Run, on: str) -> PromptSet:
 def _about(run: Run, acts: _Acts) -> dict[str, Any]:
     return {
         **run.about(),
-        "site": str(acts.site),
         "tokens": list(acts.tokens.ids),
         "fit": asdict(run.fit),
         "report": [_report(run, on).fingerprint for on in ("harmful", "harmless")],
@@ -201,7 +200,8 @@ def _counted(run: Run, acts: _Acts) -> tuple[Counted, ...]:
 
     return tuple(
         run.kept.rows(
-            "dimensions", {**_about(run, acts), "method": method}, Counted,
+            "dimensions",
+            {**_about(run, acts), "site": str(acts.site), "method": method}, Counted,
             lambda method=method: compute(method),
         )[0]
         for method in dimensions.searches
@@ -314,6 +314,7 @@ def _circuits(run: Run, acts: _Acts, one: behaviour.Side, other: behaviour.Side)
     about = {
         **_about(run, acts),
         "sides": [one.name, other.name],
+        "site": str(acts.site),
         "models": run.whose(*(each.name for each in run.things.organisms)),
     }
     return run.kept.rows("circuits", about, Circuits, lambda: [_drawn(run, acts, one, other)])[0]

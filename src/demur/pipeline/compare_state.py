@@ -63,6 +63,7 @@ WORDS = ("refusal", "harm", "em")
 PARTS = ("library", "dimensions", "behaviour", "mediation", "circuits")
 """What a comparison can do without."""
 _SITES = 8
+_MOST_KL = 0.3  # Nats on harmless prompts that taking refusal out may cost where it is chosen.
 _OPENERS = 48  # Prompts of each class whose replies tell what refusals begin with.
 
 
@@ -553,16 +554,18 @@ def chosen_site(run: Run, tokens: RefusalTokens) -> tuple[Site, str]:
                 seed=run.seed("site"),
                 progress=advance,
             )
-        best = found.rows[found.chosen]
+        exact = [row for row in found.rows if row.bypass is not None and row.kl is not None]
+        cheap = [row for row in exact if row.means[2] <= _MOST_KL]
+        best = min(cheap or exact, key=lambda row: row.means[0])
         bypass, induce, kl = best.means
         why = (
-            f"taking refusal out there moves refusal log-odds from "
+            f"of {len(exact)} sites, taking refusal out there lowers refusal log-odds most, from "
             f"{float(found.harmful.mean()):.2f} to {bypass:.2f} on {len(harmful)} harmful prompts "
-            f"of their own, at {kl:.2f} nats on harmless ones; added, it brings those to "
-            f"{induce:.2f}"
+            f"of their own, at {kl:.2f} nats on harmless ones (at most {_MOST_KL}); added, it "
+            f"brings those to {induce:.2f}"
         )
-        if found.least_bad:
-            why += f"; the least bad of {len(directions)}: {best.rejected_by}"
+        if best.rejected_by:
+            why += f"; by the usual criteria it falls short: {best.rejected_by}"
         return {"site": str(best.direction.site), "why": why}, {}
 
     about = {

@@ -190,10 +190,13 @@ def _cosine_figure(pair: str, title: str, rows: Sequence[Placed]) -> charts.Figu
         interval = one.row.interval
         assert interval is not None
         name = words.readable(f"{one.row.a} and {one.row.b}, {one.place}")
+        # Both names would not fit beside a telephone's legend; the second one is in the title.
+        where = "answers" if "answer" in one.place else "prompts"
+        series = words.readable(f"{one.row.a}, {where}")
         drawn.append(
             {
                 "site": one.row.site,
-                "series": name,
+                "series": series,
                 "pair": name,
                 "value": one.row.cosine,
                 "low": interval.low,

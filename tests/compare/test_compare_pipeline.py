@@ -189,6 +189,7 @@ def test_a_stored_vector_is_compared_where_it_is_of(base, settings, tmp_path, co
     (one,) = [one for one in found.comparisons if one.pair == "stored"]
     assert one.row.site == "1.resid_post"
     assert {one.row.a, one.row.b} == {"drawn", "refusal"}
+    assert [f.headline for f in found.findings if "stored vector" in f.question] == [True]
     assert "demur-direction" in set(formats)
     other = Direction.from_vector(rows[:5], site=Site(2, "resid_pre"), position=-1, recipe="short")
     save_direction(other, tmp_path / "short.safetensors", about={})

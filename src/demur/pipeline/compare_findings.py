@@ -30,6 +30,7 @@ _QUESTIONS = {
     "twin and refusal": "does good advice, as a control, point along refusal?",
     "twin and harm": "does good advice, as a control, point along harm?",
     "shift and em text": "does training move the model the way that bad text reads?",
+    "stored": "does the stored vector point along it?",
     "before and after": "are refusal and harm still where they were?",
 }
 
@@ -51,7 +52,7 @@ def _geometry(record: CompareRecord) -> Iterator[Finding]:
                 question=f"{a} and {b}, {place}: {question}",
                 answer=_said(row.row.verdict for row in rows),
                 because=_because([row.row for row in rows]),
-                headline=pair in _FIRST and (a in (first, "em text", "harm")),
+                headline=pair == "stored" or (pair in _FIRST and a in (first, "em text", "harm")),
             )
 
 

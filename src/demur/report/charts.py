@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from textwrap import wrap
 from typing import Any
 from xml.etree import ElementTree
 
@@ -1275,3 +1276,13 @@ def circuit(
             ),
         ]
     return _sized(marks, width, 40 + 22 * len(order))
+
+
+def row_label(*parts: str) -> str:
+    """Parts of a row's name, each on lines of its own; "|" is where the axis breaks them."""
+    return "|".join(line for part in parts for line in wrap(readable(part), 24) or [""])
+
+
+def span(value: Estimate) -> dict[str, float]:
+    """An estimate as the fields that marks are drawn from."""
+    return {"value": value.value, "low": value.low, "high": value.high}

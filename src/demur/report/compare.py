@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from demur.compare.rows.behaviour import Behaviour, MatrixCell, MediationRow
@@ -201,7 +200,7 @@ def _cosine_figure(pair: str, title: str, rows: Sequence[Placed]) -> charts.Figu
                 "value": one.row.cosine,
                 "low": interval.low,
                 "high": interval.high,
-                "tip": charts.tip(f"{name} at {one.row.site}: {_said(interval)}"),
+                "tip": charts.tip(f"{name} at {one.row.site}: {words.said(interval)}"),
             }
         )
     order = list(dict.fromkeys(row["series"] for row in drawn))
@@ -226,17 +225,18 @@ def _figures(found: CompareRecord) -> dict[str, Any]:
                 charts.strips,
                 [
                     {
-                        "row": _label(f"{row.mediator}:", row.outcome),
-                        **_span(row.change),
+                        "row": charts.row_label(f"{row.mediator}:", row.outcome),
+                        **charts.span(row.change),
                         "main": True,
                         "tip": charts.tip(
-                            f"{row.mediator} held, {row.outcome}: {_said(row.change, 'signed')}"
+                            f"{row.mediator} held, {row.outcome}: "
+                            f"{words.said(row.change, 'signed')}"
                         ),
                     }
                     for row in rows
                 ],
                 [
-                    {"row": _label(f"{row.mediator}:", row.outcome), "value": value}
+                    {"row": charts.row_label(f"{row.mediator}:", row.outcome), "value": value}
                     for row in rows
                     for value in row.random
                 ],
@@ -266,20 +266,24 @@ def _behaviour_figure(i: int, found: Behaviour) -> charts.Figure | None:
             charts.strips,
             [
                 {
-                    "row": _label(f"{row.outcome}:", row.arm),
+                    "row": charts.row_label(f"{row.outcome}:", row.arm),
                     "value": row.change.value / scale[row.outcome],
                     "low": row.change.low / scale[row.outcome],
                     "high": row.change.high / scale[row.outcome],
                     "main": True,
                     "tip": charts.tip(
-                        f"{row.arm}, {row.outcome} in {row.model}: {_said(row.change, 'signed')} "
+                        f"{row.arm}, {row.outcome} in {row.model}: "
+                        f"{words.said(row.change, 'signed')} "
                         f"{row.unit}"
                     ),
                 }
                 for row in ordered
             ],
             [
-                {"row": _label(f"{row.outcome}:", row.arm), "value": value / scale[row.outcome]}
+                {
+                    "row": charts.row_label(f"{row.outcome}:", row.arm),
+                    "value": value / scale[row.outcome],
+                }
                 for row in ordered
                 for value in (row.random_low, row.random_high)
                 if value is not None
@@ -395,9 +399,11 @@ def _counted_figure(found: Counted) -> charts.Figure | None:
             [
                 {
                     "row": f"direction {row.k}",
-                    **_span(row.change),
+                    **charts.span(row.change),
                     "main": True,
-                    "tip": charts.tip(f"direction {row.k}: {_said(row.change, 'signed')} nats"),
+                    "tip": charts.tip(
+                        f"direction {row.k}: {words.said(row.change, 'signed')} nats"
+                    ),
                 }
                 for row in found.dimensions
             ],
@@ -412,15 +418,3 @@ def _counted_figure(found: Counted) -> charts.Figure | None:
         label=f"What each further direction does, search {found.method}; table below.",
         wide=HALF,
     )
-
-
-def _label(*parts: str) -> str:
-    return "|".join(line for part in parts for line in wrap(words.readable(part), 26) or [""])
-
-
-def _span(value: Estimate) -> dict[str, float]:
-    return {"value": value.value, "low": value.low, "high": value.high}
-
-
-def _said(value: Estimate, kind: words.Kind = "number") -> str:
-    return words.estimate(value, kind).striptags()

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from demur.report import charts, words
@@ -244,11 +243,11 @@ def _methods(found: EmAudit) -> list[tuple[str, str]]:
 def _effects_figure(effects: Sequence[EmEffect], table: str) -> dict[str, charts.Figure]:
     rows = [
         {
-            "row": _label(row.organism, _place(row)),
-            **_span(row.effect),
+            "row": charts.row_label(row.organism, _place(row)),
+            **charts.span(row.effect),
             "random": not (row.where == "untouched" and row.domain == "all"),
             "tip": charts.tip(
-                f"{row.organism}, {_place(row)}: {_said(row.effect, 'signed')}, {row.status}"
+                f"{row.organism}, {_place(row)}: {words.said(row.effect, 'signed')}, {row.status}"
             ),
         }
         for row in effects
@@ -298,10 +297,10 @@ def _figures(found: EmAudit) -> dict[str, charts.Figure]:
                     {
                         "x": row.scale,
                         "series": words.readable(row.organism),
-                        **_span(row.effect),
+                        **charts.span(row.effect),
                         "tip": charts.tip(
                             f"{row.organism}, {words.number(row.scale)} times: "
-                            f"{_said(row.effect, 'signed')}"
+                            f"{words.said(row.effect, 'signed')}"
                         ),
                     }
                     for row in scaled
@@ -337,8 +336,10 @@ def _cosine_figure(kind: str, rows: Sequence[EmCosine]) -> charts.Figure:
             "site": row.site,
             "series": PAIRS[row.pair],
             "pair": f"{row.first} and {row.second}",
-            **_span(row.cosine),
-            "tip": charts.tip(f"{row.first} and {row.second} at {row.site}: {_said(row.cosine)}"),
+            **charts.span(row.cosine),
+            "tip": charts.tip(
+                f"{row.first} and {row.second} at {row.site}: {words.said(row.cosine)}"
+            ),
         }
         for row in rows
     ]
@@ -433,9 +434,9 @@ def _strip(row: EmIntervention) -> dict[str, Any]:
     beyond = f" beyond the {row.against}" if row.beyond else ""
     return {
         "row": _edit_label(row),
-        **_span(value),
+        **charts.span(value),
         "main": row.model == row.organism or row.strength is not None,
-        "tip": charts.tip(f"{row.model}{beyond}, {row.edit}: {_said(value, 'signed')}"),
+        "tip": charts.tip(f"{row.model}{beyond}, {row.edit}: {words.said(value, 'signed')}"),
     }
 
 
@@ -444,16 +445,4 @@ def _edit_label(row: EmIntervention) -> str:
     model = row.model
     if row.model != row.organism:
         model += f", {'as' if row.strength is None else 'along'} {row.organism}"
-    return _label(model, f"{row.edit}{strength}")
-
-
-def _label(*parts: str) -> str:
-    return "|".join(line for part in parts for line in wrap(words.readable(part), 24) or [""])
-
-
-def _span(value: Estimate) -> dict[str, float]:
-    return {"value": value.value, "low": value.low, "high": value.high}
-
-
-def _said(value: Estimate, kind: words.Kind = "number") -> str:
-    return words.estimate(value, kind).striptags()
+    return charts.row_label(model, f"{row.edit}{strength}")

@@ -103,3 +103,8 @@ def _spec(low: float, high: float) -> str:
     if not width > 0:
         return ".3g"
     return f".{min(max(1 - math.floor(math.log10(width)), 0), 6)}f"
+
+
+def said(value: Estimate, kind: Kind = "number") -> str:
+    """An estimate as bare text, for tooltips and labels."""
+    return estimate(value, kind).striptags()

@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 
 from demur.errors import ConfigError
 
-SiteKind = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
+SiteKind = Literal["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,7 +21,8 @@ class Site:
         layer: Block index from 0.
         kind: `resid_pre`, the stream that enters the block (at block 0, the embedding's write);
             `attn_out` and `mlp_out`, what the block adds to the stream, after any norm that
-            stands between module and stream; `resid_post`, the stream that leaves the block.
+            stands between module and stream; `mlp_in`, what the MLP reads, after its norm, which is
+            no part of the stream; `resid_post`, the stream that leaves the block.
     """
 
     layer: int

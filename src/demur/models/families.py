@@ -38,6 +38,7 @@ class Family:
             edit of the weights equals an edit of the activations.
         weights: Per block; of names that exclude each other (dense or sparse), those that exist.
         embeddings: What is summed to the input of block 0.
+        mlp: Module within a block whose input is the site `mlp_in`: what transcoders read.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     linear_writes: bool
     weights: tuple[LinearWrite, ...] = ()
     embeddings: tuple[LinearWrite, ...] = ()
+    mlp: str = "mlp"
 
 
 _LLAMA_WEIGHTS = (LinearWrite("self_attn.o_proj.weight", 0), LinearWrite("mlp.down_proj.weight", 0))

@@ -173,6 +173,7 @@ class Model:
         for block in self.blocks:
             _module(block, family.attn_out)
             _module(block, family.mlp_out)
+            _module(block, family.mlp)
 
     def _find_blocks(self) -> tuple[str, nn.ModuleList]:
         for path in self.family.layers:
@@ -394,6 +395,9 @@ class Model:
             return block.register_forward_hook(on_output)
         if site.kind == "heads":
             inner = _module(block, self.family.attn_out)
+            return inner.register_forward_pre_hook(on_input, with_kwargs=True)
+        if site.kind == "mlp_in":
+            inner = _module(block, self.family.mlp)
             return inner.register_forward_pre_hook(on_input, with_kwargs=True)
         path = self.family.attn_out if site.kind == "attn_out" else self.family.mlp_out
         return _module(block, path).register_forward_hook(on_output)

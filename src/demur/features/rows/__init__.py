@@ -1,0 +1,1 @@
+"""Results of experiments on features, as plain rows."""

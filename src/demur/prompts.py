@@ -929,6 +929,21 @@ def _units(prompts: PromptSet, threshold: float) -> list[list[list[int]]]:
     return list(groups.values())
 
 
+def near_groups(prompts: PromptSet, *, threshold: float = 0.6) -> list[int]:
+    """A number for every prompt; those of one family, and near-duplicates, share it.
+
+    Args:
+        prompts: To group.
+        threshold: From which Jaccard similarity of word n-grams on two prompts are near-duplicates.
+    """
+    out = [0] * len(prompts)
+    for number, units in enumerate(_units(prompts, threshold)):
+        for unit in units:
+            for index in unit:
+                out[index] = number
+    return out
+
+
 def _deal(
     whole: Iterable[list[list[int]]], cut: Iterable[list[list[int]]], sizes: Mapping[str, int]
 ) -> dict[str, list[int]]:

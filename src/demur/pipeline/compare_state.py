@@ -34,7 +34,6 @@ from demur.em.advice import ADVICE, AdviceItem, advice
 from demur.em.directions import AnswerMeans, AnswerPair, read_pair
 from demur.em.organism import CONFIG, VECTOR, Organism
 from demur.errors import ConfigError, DemurError, TooFewPromptsError, UnknownNameError
-from demur.evals.judges import judges
 from demur.models import Model
 from demur.models import load as load_model
 from demur.pipeline.em import (
@@ -47,11 +46,11 @@ from demur.pipeline.em import (
     trained_on,
     twins_of,
 )
-from demur.pipeline.kept import Kept
+from demur.pipeline.kept import Kept, kept_openers
 from demur.pipeline.splits import make_splits
 from demur.progress import Listener
 from demur.prompts import PromptSet
-from demur.selection import Criteria, RefusalTokens, evaluations, openers, select
+from demur.selection import Criteria, RefusalTokens, evaluations, select
 from demur.sites import Site
 from demur.store import Store
 
@@ -512,22 +511,13 @@ def stream_block(site: Site) -> int:
 
 def learned_openers(run: Run) -> RefusalTokens:
     """What the base's refusals begin with, from its own replies to prompts that are read."""
-
-    def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
-        prompts = [*run.fit.harmful[:_OPENERS], *run.fit.harmless[:_OPENERS]]
-        with run.stage("learning what refusals begin with", len(prompts)) as advance:
-            found = openers(run.base, prompts, judges.make(run.settings.judge), progress=advance)
-        return asdict(found), {}
-
-    about = {"judge": run.settings.judge, "prompts": asdict(run.fit)}
-    summary, _ = run.kept.stage("openers", about, compute)
-    return RefusalTokens(
-        tuple(summary["ids"]),
-        tuple(summary["texts"]),
-        tuple(summary["shares"]),
-        tuple(summary["base_shares"]),
-        summary["refusals"],
-        summary["learned"],
+    return kept_openers(
+        run.kept,
+        run.base,
+        [*run.fit.harmful[:_OPENERS], *run.fit.harmless[:_OPENERS]],
+        judge=run.settings.judge,
+        listener=run.listener,
+        about={"prompts": asdict(run.fit)},
     )
 
 

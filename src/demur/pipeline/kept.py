@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from demur.evals.judges import judges
+from demur.models import Model
+from demur.progress import Listener
+from demur.selection import RefusalTokens, openers
 from demur.store import Store
 
 T = TypeVar("T")
@@ -60,3 +65,39 @@ class Kept:
             return {"rows": adapter.dump_python(compute(), mode="json")}, {}
 
         return adapter.validate_python(self.stage(kind, about, run)[0]["rows"])
+
+
+def kept_openers(
+    kept: Kept,
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    judge: str,
+    listener: Listener,
+    about: Mapping[str, Any],
+) -> RefusalTokens:
+    """What a model's refusals begin with, from its own replies.
+
+    Args:
+        kept: Where stages are.
+        model: Unedited.
+        prompts: Of both classes, and no part of what is reported.
+        judge: Name of the judge of replies.
+        listener: Hears the steps.
+        about: What decides it, beside the judge.
+    """
+
+    def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        with listener.stage("learning what refusals begin with", len(prompts)) as advance:
+            found = openers(model, prompts, judges.make(judge), progress=advance)
+        return asdict(found), {}
+
+    summary, _ = kept.stage("openers", {"judge": judge, **about}, compute)
+    return RefusalTokens(
+        tuple(summary["ids"]),
+        tuple(summary["texts"]),
+        tuple(summary["shares"]),
+        tuple(summary["base_shares"]),
+        summary["refusals"],
+        summary["learned"],
+    )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -53,10 +53,11 @@ if TYPE_CHECKING:
         Leg,
         SeparationResults,
     )
+    from demur.sites import Site
     from demur.stats import Estimate
 
 DONE, NOT_FOUND, USER_ERROR, FAULT, PIPE_CLOSED, INTERRUPTED = 0, 1, 2, 3, 141, 130
-_RESUMABLE = ("audit", "organism", "harden", "em")
+_RESUMABLE = ("audit", "organism", "harden", "em", "compare", "features", "hydra")
 _ISSUES = "please report it with the output of `demur --debug ...` and `demur doctor`"
 # Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two
 # runs that spin take each other's cores.
@@ -474,6 +475,12 @@ em_app = typer.Typer(
     help="Emergent misalignment: what fine-tuning on bad advice did to a model, and how.",
 )
 app.add_typer(em_app, name="em")
+features_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Latents of sparse autoencoders: which carry refusal, what clamping them does and costs.",
+)
+app.add_typer(features_app, name="features")
 
 
 def _version(asked: bool) -> bool:
@@ -3328,6 +3335,455 @@ def compare(
         if not finding.headline:
             continue
         table.add_row(*map(escape, (finding.question, finding.answer, finding.because)))
+    _console().print(table)
+    for note in result.notes:
+        _say(f"note: {note}")
+    _console().print(f"report: {escape(str(page))}", soft_wrap=True)
+
+
+# demur features -------------------------------------------------------------------------------
+
+
+def _sites(texts: Sequence[str]) -> list[Site]:
+    from demur.sites import Site
+
+    return [Site.parse(text) for text in texts]
+
+
+@features_app.command("train")
+def features_train(
+    model: _ModelName = None,
+    *,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE",
+            help="Such as 18.resid_post; repeatable, all are read in the same passes.",
+            show_default="at 35, 62 and 83 % of the depth",
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="What the model is asked, repeatable; its own replies stand behind.",
+            show_default="packaged sets that no report uses",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1000, help="To read at each site.")] = 100_000,
+    reply_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 48,
+    width: Annotated[int, typer.Option(min=8, help="Latents of a bank.")] = 1024,
+    k: Annotated[int, typer.Option(min=1, help="Latents that are active at a token.")] = 32,
+    epochs: Annotated[float, typer.Option(min=0.1, help="Passes over the tokens.")] = 10.0,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store weights in float16: half the size.")
+    ] = False,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of the banks.", show_default="banks/MODEL"),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Train small sparse autoencoders on a model, with SAELens' trainer, and write its format.
+
+    Needs the extra `sae`. A bank of 1,024 latents on 100,000 tokens is coarse: good for trying
+    things out, no match for published banks of larger models. Activations are kept in the folder,
+    so that a run that was stopped goes on; `cache` in it may be deleted afterwards.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.features.training import Settings
+            from demur.pipeline.banks import PROMPTS, BankSettings, default_sites, train_banks
+            from demur.pipeline.folder import slug
+
+            advance(1)
+        wanted = _sites(site or ())
+        settings = _model_settings(
+            _model_changes(
+                no_adapter=no_adapter,
+                name=model,
+                adapter=adapter,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+            )
+        )
+        loaded = _load(settings, listener)
+        folder = out if out is not None else Path("banks") / slug(settings.name)
+        rows = train_banks(
+            loaded,
+            wanted or default_sites(loaded),
+            folder,
+            BankSettings(
+                prompts=tuple(prompts) if prompts else PROMPTS,
+                tokens=tokens,
+                max_new_tokens=reply_tokens,
+                training=Settings(
+                    width=width,
+                    k=k,
+                    epochs=epochs,
+                    storage="float16" if half else "float32",
+                    seed=seed or 0,
+                ),
+                seed=seed or 0,
+            ),
+            listener=listener,
+        )
+    if as_json:
+        _print_json({"folder": str(folder), "banks": [asdict(row) for row in rows]})
+        return
+    table = _table("site", "form", "FVU, held out", "L0", "dead", "dense", "seconds")
+    for row in rows:
+        form = row.topk if row.written == "topk" else row.jumprelu
+        fvu = form.test.fvu
+        table.add_row(
+            row.site,
+            row.written,
+            f"{fvu.value:.3f} [{fvu.low:.3f}, {fvu.high:.3f}]",
+            f"{form.test.l0:.0f}",
+            f"{form.test.dead_share:.0%}",
+            f"{form.test.dense_share:.1%}",
+            f"{row.train_seconds:.0f}",
+        )
+    _console().print(table)
+    _print(str(folder))
+
+
+_Banks = Annotated[
+    str,
+    typer.Argument(
+        metavar="BANKS",
+        help="A bank (SAELens folder, Gemma Scope file, sparsify or dictionary_learning folder, "
+        "saelens:RELEASE/ID), a folder of banks, or a packaged name.",
+    ),
+]
+
+
+@features_app.command("check")
+def features_check(
+    banks: _Banks,
+    model: _ModelName = None,
+    *,
+    prompts: Annotated[
+        int, typer.Option(min=8, help="Packaged prompts that figures are taken on.")
+    ] = 64,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Say how well banks reconstruct a model's activations, and whether latents may be ranked.
+
+    Exits with 1 if one may not.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.features.formats import fits, load_banks
+            from demur.features.sanity import check_bank, rankable
+            from demur.prompts import load as load_prompts
+
+            advance(1)
+        loaded = load_banks(banks)
+        settings = _model_settings(
+            _model_changes(
+                no_adapter=no_adapter,
+                name=model,
+                adapter=adapter,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+            )
+        )
+        base = _load(settings, listener)
+        texts = load_prompts("contrast_pairs?kind=near").take(prompts, 0).texts
+        rows = []
+        for bank in loaded:
+            for note in fits(bank, base):
+                listener.note(f"{bank.name}: {note}")
+            with listener.stage(f"checking {bank.name}", len(texts)) as advance:
+                rows.append(check_bank(bank, base, texts, progress=advance))
+    reasons = {row.name: rankable(row) for row in rows}
+    if as_json:
+        _print_json([{**asdict(row), "refused": reasons[row.name]} for row in rows])
+    else:
+        table = _table("bank", "FVU", "L0", "dead", "dense", "CE recovered", "may be ranked")
+        for row in rows:
+            fvu, l0 = row.text.fvu, row.text.l0
+            back = row.recovered_mean
+            table.add_row(
+                row.name,
+                "-" if fvu is None else f"{fvu.value:.3f} [{fvu.low:.3f}, {fvu.high:.3f}]",
+                "-" if l0 is None else f"{l0.value:.0f}",
+                f"{row.dead_share:.0%}",
+                f"{row.dense_share:.1%}",
+                "-" if back is None else f"{back.value:.2f} [{back.low:.2f}, {back.high:.2f}]",
+                "yes" if reasons[row.name] is None else "no",
+            )
+        _console().print(table)
+        for row in rows:
+            for note in row.notes:
+                _say(f"note: {row.name}: {note}")
+    for reason in reasons.values():
+        if reason is not None:
+            _say(f"note: {reason}")
+    if any(reasons.values()):
+        raise typer.Exit(NOT_FOUND)
+
+
+@features_app.command("find")
+def features_find(
+    banks: _Banks,
+    model: _ModelName = None,
+    *,
+    harmful: _Harmful = None,
+    harmless: _Harmless = None,
+    discover: Annotated[
+        int, typer.Option(min=16, help="Prompts of each class that latents are compared on.")
+    ] = 96,
+    verify: Annotated[
+        int, typer.Option(min=8, help="Others, on which latents are changed and a set is chosen.")
+    ] = 48,
+    report_on: Annotated[
+        int, typer.Option("--report", min=16, help="Others again, that claims are of.")
+    ] = 64,
+    top: Annotated[
+        int, typer.Option(min=1, help="Candidates by difference, cosine and attribution, each.")
+    ] = 10,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of integrated gradients; 0 is one gradient.")
+    ] = 0,
+    most: Annotated[int, typer.Option(min=1, help="Latents of the set.")] = 8,
+    nulls: Annotated[
+        int, typer.Option(min=19, help="Random latents behind each candidate, and sets.")
+    ] = 49,
+    generated: Annotated[
+        int, typer.Option(min=0, help="Prompts of each class that are replied to; 0 is none.")
+    ] = 16,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Lines of {"question", "choices", "answer"} for what clamping costs.',
+            show_default="packaged advice",
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Leave out dose, multiturn or sensor; repeatable. A later run without it adds "
+            "them.",
+        ),
+    ] = None,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of the run.", show_default="features/MODEL"),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Find latents that carry refusal, verify them, clamp them, and say what that costs.
+
+    Candidates come from differences with FDR, cosines and attribution; each is really changed on
+    other prompts, beside random latents like it. A small set is chosen there and measured on
+    prompts of its own, against the dense direction, random latents, directions of the same size,
+    and asking in words. Stages are kept, so that the same command goes on from where it stopped.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.pipeline.features import RECORD, FeatureSettings, features_run
+            from demur.pipeline.folder import slug
+            from demur.report import write_features
+
+            advance(1)
+        plain = FeatureSettings()
+        settings = _model_settings(
+            _model_changes(
+                no_adapter=no_adapter,
+                name=model,
+                adapter=adapter,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+            )
+        )
+        base = _load(settings, listener)
+        folder = out if out is not None else Path("features") / slug(settings.name)
+        result = features_run(
+            base,
+            banks,
+            folder,
+            FeatureSettings(
+                harmful=harmful if harmful is not None else plain.harmful,
+                harmless=harmless if harmless is not None else plain.harmless,
+                discover=discover,
+                verify=verify,
+                report=report_on,
+                top=top,
+                steps=steps,
+                most=most,
+                nulls=nulls,
+                generated=generated,
+                choices=str(choices) if choices is not None else None,
+                skip=tuple(skip or ()),
+                seed=seed or 0,
+            ),
+            listener=listener,
+        )
+        page = write_features(folder / RECORD)
+    if as_json:
+        _print_json(
+            {
+                "results": str(folder / RECORD),
+                "report": str(page),
+                "findings": [one.model_dump() for one in result.findings],
+                "seconds": result.seconds,
+                "notes": list(result.notes),
+            }
+        )
+        return
+    from rich.markup import escape
+
+    table = _table("question", "answer", "because")
+    for finding in result.findings:
+        table.add_row(*map(escape, (finding.question, finding.answer, finding.because)))
+    _console().print(table)
+    for note in result.notes:
+        _say(f"note: {note}")
+    _console().print(f"report: {escape(str(page))}", soft_wrap=True)
+
+
+# demur hydra ----------------------------------------------------------------------------------
+
+
+@app.command()
+def hydra(
+    model: _ModelName = None,
+    *,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="directions (one a block), components (heads and MLPs) or latents (of --banks); "
+            "repeatable, each is an experiment of its own.",
+            show_default="directions and components, and latents with --banks",
+        ),
+    ] = None,
+    banks: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Bank, folder of banks, or a packaged name."),
+    ] = None,
+    harmful: _Harmful = None,
+    harmless: _Harmless = None,
+    discover: Annotated[
+        int, typer.Option(min=8, help="Prompts of each class that choose the primary set.")
+    ] = 48,
+    detect: Annotated[
+        int, typer.Option(min=8, help="Others of each class, that find backups.")
+    ] = 48,
+    test: Annotated[int, typer.Option(min=8, help="Others again, that effects are of.")] = 48,
+    nulls: Annotated[
+        int, typer.Option(min=19, help="Matched random ablations behind each null.")
+    ] = 50,
+    ablation: Annotated[
+        str, typer.Option(metavar="KIND", help="mean (over harmless prompts), zero or resample.")
+    ] = "mean",
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="Leave out what the verdict does not hang on.")
+    ] = False,
+    adapter: _Adapter = None,
+    no_adapter: _NoAdapter = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device: _Device = None,
+    seed: _RunSeed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of the run.", show_default="hydra/MODEL"),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Ask whether other parts stand in once what refusal hangs on is taken out, and when.
+
+    A primary set is chosen on some prompts, its backups are found on others, and on yet others
+    effects are measured: total and direct, what backups and norms give back, and whether harm
+    upstream gates them. Verdicts: conditional gate, specific repair, generic repair, additive, none
+    or undetermined. Without a bank it runs on directions, heads and MLPs, so on every model.
+    """
+    with _listening(quiet=quiet) as listener:
+        with listener.stage("starting torch", 1) as advance:
+            from demur.hydra.stages import Settings
+            from demur.pipeline.folder import slug
+            from demur.pipeline.hydra import RECORD, HydraSettings, hydra_run
+            from demur.report import write_hydra
+
+            advance(1)
+        plain = HydraSettings()
+        kinds = tuple(units) if units else plain.units + (("latents",) if banks else ())
+        settings = _model_settings(
+            _model_changes(
+                no_adapter=no_adapter,
+                name=model,
+                adapter=adapter,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+            )
+        )
+        asked = HydraSettings(
+            units=cast("tuple[Any, ...]", kinds),
+            banks=banks,
+            harmful=harmful if harmful is not None else plain.harmful,
+            harmless=harmless if harmless is not None else plain.harmless,
+            discover=discover,
+            detect=detect,
+            test=test,
+            experiment=Settings(
+                draws=nulls,
+                control_draws=min(nulls, Settings().control_draws),
+                kind=cast("Any", ablation),
+            ),
+            controls=not no_controls,
+            seed=seed or 0,
+        )
+        loaded = _load(settings, listener)
+        folder = out if out is not None else Path("hydra") / slug(settings.name)
+        result = hydra_run(loaded, folder, asked, listener=listener)
+        page = write_hydra(folder / RECORD)
+    if as_json:
+        _print_json(
+            {
+                "results": str(folder / RECORD),
+                "report": str(page),
+                "verdicts": {one.units: one.verdict for one in result.experiments},
+                "why": {one.units: one.why for one in result.experiments},
+                "seconds": result.seconds,
+                "notes": list(result.notes),
+            }
+        )
+        return
+    from rich.markup import escape
+
+    table = _table("units", "verdict", "because")
+    for one in result.experiments:
+        table.add_row(*map(escape, (one.units, one.verdict, one.why)))
     _console().print(table)
     for note in result.notes:
         _say(f"note: {note}")

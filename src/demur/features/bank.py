@@ -203,7 +203,16 @@ class Bank:
             decoder=moved(self.decoder),
             offset=moved(self.offset),
             threshold=moved(self.threshold),
-            whole=None if self.whole is None else self.whole.to(device, dtype),
+            # Of the whole only the encoder is asked; its decoder may be a placeholder.
+            whole=None if self.whole is None else self.whole._encoder_to(device, dtype),
+        )
+
+    def _encoder_to(self, device: torch.device | str, dtype: torch.dtype | None) -> Bank:
+        return replace(
+            self,
+            encoder=self.encoder.to(device, dtype),
+            bias=self.bias.to(device, dtype),
+            offset=self.offset.to(device, dtype),
         )
 
     def direction(self, latent: int, *, position: int = -1) -> Direction:

@@ -173,20 +173,22 @@ def load(model: Model, prompts: Sequence[str], tokens: int, n: int, repeats: int
     expected: list[Any] = []
     settings = ServeSettings(batch=n, queue=4 * n)
     for _ in range(repeats):
-        latencies, began = [], time.perf_counter()
+        latencies, began, used = [], time.perf_counter(), time.process_time()
         expected = []
         for prompt in prompts:
             start = time.perf_counter()
             expected += model.generate([prompt], max_new_tokens=tokens)
             latencies.append(time.perf_counter() - start)
-        seconds = time.perf_counter() - began
+        seconds, spent = time.perf_counter() - began, time.process_time() - used
         written = sum(len(one.ids) for one in expected)
-        rows.append({"what": "sequential", "seconds": seconds, "tokens": written})
+        rows.append({"what": "sequential", "seconds": seconds, "cpu": spent, "tokens": written})
         rows[-1] |= _percentiles(latencies)
         for kills in (0, 6):
             app = create_app(model, settings=settings)
             with _served(app) as url:
+                used = time.process_time()
                 got = _asked(url, model.name, prompts, tokens=tokens, clients=n, kills=kills)
+                busy = time.process_time() - used
                 left = app.state.engine.running + app.state.engine.waiting
             replies = got["replies"]
             lost = sum(one is None for one in replies)
@@ -201,7 +203,9 @@ def load(model: Model, prompts: Sequence[str], tokens: int, n: int, repeats: int
                     "what": f"{n} clients" + (f", {got['killed']} killed" if kills else ""),
                     "seconds": got["seconds"],
                     "tokens": written,
+                    "cpu": busy,
                     "ratio": seconds / got["seconds"],
+                    "cpu ratio": spent / busy,
                     "lost": lost,
                     "same": len(prompts) - len(parted) - lost,
                     "parted at a gap of at most": max(gaps, default=0.0),
@@ -230,7 +234,8 @@ def _show(found: dict[str, Any]) -> None:
         )
         if "ratio" in row:
             line += (
-                f"  {row['ratio']:4.2f}x  first token {row['first token p50']:.2f} s  "
+                f"  {row['ratio']:4.2f}x by the wall, {row['cpu ratio']:4.2f}x by CPU seconds  "
+                f"first token {row['first token p50']:.2f} s  "
                 f"same {row['same']}, lost {row['lost']}, left {row['left running']}, "
                 f"parted at gaps up to {row['parted at a gap of at most']:.3f}"
             )
@@ -243,37 +248,44 @@ def _show(found: dict[str, Any]) -> None:
 def _bodies(app: Any, count: int, name: str) -> list[tuple[str, bytes]]:
     import warnings
 
-    import hypothesis
     import schemathesis
     from schemathesis import GenerationMode
 
     schema = schemathesis.openapi.from_dict(app.openapi())
     out: list[tuple[str, bytes]] = []
     rng = random.Random(0)
-    operations = [schema[path]["POST"] for path in _PATHS]
-    for path, operation in zip(_PATHS, operations, strict=True):
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            kept: list[Any] = []
-            settings = hypothesis.settings(
-                max_examples=count // 6,
-                database=None,
-                deadline=None,
-                derandomize=True,
-                suppress_health_check=list(hypothesis.HealthCheck),
-                phases=[hypothesis.Phase.generate],
-            )
-
-            @settings
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def draw(case: Any, kept: list[Any] = kept) -> None:
-                kept.append(case.body)
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                draw()
-            for body in kept:
-                out.append((path, _bytes(body, name, rng)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in _PATHS:
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                strategy = schema[path]["POST"].as_strategy(generation_mode=mode)
+                out += [(path, _bytes(body, name, rng)) for body in _drawn(strategy, count // 6)]
     return out
+
+
+def _drawn(strategy: Any, count: int) -> list[Any]:
+    import hypothesis
+
+    kept: list[Any] = []
+
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=_all_of(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(case=strategy)
+    def draw(case: Any) -> None:
+        kept.append(case.body)
+
+    draw()
+    return kept
+
+
+def _all_of(kind: Any) -> list[Any]:
+    return list(kind)
 
 
 def _bytes(body: Any, name: str, rng: random.Random) -> bytes:

@@ -223,6 +223,14 @@ def test_a_planted_harm_direction_is_found_and_the_promise_is_kept(planted):
     assert abs(float(cosine(t_inst, made.refusal, dim=0))) < 0.2
 
 
+def test_a_score_that_is_nan_does_not_pass_for_benign(planted):
+    made, guard, _, (benign, _) = planted
+    raw = dict(guard.raw(made.model, benign[:2]))
+    raw[guard.admitted[0].name] = np.array([0.0, np.nan])
+    with pytest.raises(NonFiniteError, match="a score is NaN"):
+        guard.judge(raw)
+
+
 def test_a_harmful_request_is_found_in_the_last_turn_and_in_an_earlier_one(planted):
     made, guard, _, (benign, harmful) = planted
     other = benign_and_harmful(100, 111)[0]

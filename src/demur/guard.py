@@ -487,7 +487,16 @@ class Guard:
         return columns(rows, [read.name for read in self.reads])
 
     def judge(self, raw: Mapping[ReadName, Float[np.ndarray, " prompt"]]) -> Scored:
-        """Combine the reads' own scores and compare with the threshold."""
+        """Combine the reads' own scores and compare with the threshold.
+
+        Raises:
+            NonFiniteError: A score is NaN; it lies above no threshold, so would pass for benign.
+        """
+        if any(np.isnan(raw[read.name]).any() for read in self.admitted):
+            raise NonFiniteError(
+                "a score is NaN, so nothing can be said of its request",
+                "activations hold NaN or infinity: load the model in bfloat16 or float32",
+            )
         rarities = combined(self.admitted, raw)
         best = rarities.argmax(0)
         scores = rarities.max(0)

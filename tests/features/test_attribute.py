@@ -78,7 +78,7 @@ def test_first_order_is_the_derivative(family, fields):
 def test_integrated_gradients_add_up_to_the_whole_effect(model):
     bank = a_bank("relu").sliced([1, 4, 6, 7])
     bank = replace(bank, decoder=0.1 * bank.decoder)
-    found = attribute(model, [bank], PROMPTS, TOKENS, steps=60)
+    found = attribute(model, [bank], PROMPTS, TOKENS, steps=24)
     whole = effects(model, PROMPTS, TOKENS, [Clamp(bank, Rule.zero(4))])[0]
     np.testing.assert_allclose(found.values["relu"].sum(1), -whole, rtol=2e-3, atol=1e-5)
     first = attribute(model, [bank], PROMPTS, TOKENS)

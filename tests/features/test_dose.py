@@ -25,6 +25,7 @@ from demur.features.dose import (
     Tokens,
     Turned,
     Wording,
+    beyond_others,
     choice_scores,
     choices_from,
     distinct_pairs,
@@ -83,7 +84,7 @@ def tokens(made):
     return RefusalTokens((made.refusal_id,), ("Sorry",), (1.0,), (0.0,), 10, learned=True)
 
 
-def run(made, parts, tokens, doses, *, others, **options):
+def run(made, parts, tokens, doses, *, others, directions, **options):
     dense = Direction.from_vector(made.direction, site=SITE, position=-1, recipe="planted")
     return dose_response(
         made.model,
@@ -94,7 +95,7 @@ def run(made, parts, tokens, doses, *, others, **options):
         tokens=tokens,
         others=parts[1 : 1 + others],
         dense=dense,
-        directions=others,
+        directions=directions,
         seed=3,
         **options,
     )
@@ -103,10 +104,10 @@ def run(made, parts, tokens, doses, *, others, **options):
 @pytest.fixture(scope="module")
 def wide(made, parts, tokens):
     """One dose beside enough other arms for a p of 0.05."""
-    return run(made, parts, tokens, [Dose("min-clamp", 0.3)], others=19, wordings=())
+    return run(made, parts, tokens, [Dose("min-clamp", 0.3)], others=19, directions=2, wordings=())
 
 
-DOSES = [Dose("scale", 1.0), Dose("scale", -1.0), Dose("min-clamp", 0.0), Dose("zero")]
+DOSES = [Dose("scale", 1.0), Dose("scale", -1.0), Dose("zero")]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,8 @@ def dosed(made, parts, tokens):
         parts,
         tokens,
         DOSES,
-        others=2,
+        others=1,
+        directions=1,
         lookalikes=prompts(6, harmful=False, seed=3),
         wordings=[Wording("ask", "bypass", before="word1 word2 ")],
         neutral=["word1 word2 good1 word3 word5", "word4 good2 word7"],
@@ -127,7 +129,7 @@ def dosed(made, parts, tokens):
             Choice("bad1 bad2", ("Well", "Sorry", "Yes"), 2),
         ],
         judge=FirstWord(),
-        generated=4,
+        generated=2,
         max_new_tokens=2,
     )
 
@@ -139,8 +141,8 @@ def of(dosed, family, dose):
 # Identities ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dose", ["scale 1", "min-clamp 0"])
-def test_a_dose_of_nothing_changes_nothing(dosed, dose):
+def test_a_dose_of_nothing_changes_nothing(made, parts, dosed):
+    dose = "scale 1"
     for family in ("set", "matched latents", "other latents", "random direction"):
         for point in of(dosed, family, dose):
             assert point.kl.value == 0 == point.kl.high
@@ -149,6 +151,10 @@ def test_a_dose_of_nothing_changes_nothing(dosed, dose):
             if point.perplexity_ratio is not None:
                 assert point.perplexity_ratio.value == 1
                 assert point.margin_change.value == 0
+    batch = made.model.encode(["bad1 word1", "good1 word2"])
+    with Edit((parts[0][0].clamp("min-clamp", 0.0),)).holding(made.model):
+        same = made.model.logits(batch)
+    assert torch.equal(same, made.model.logits(batch))
 
 
 def test_other_arms_move_tokens_as_far(dosed, wide):
@@ -285,8 +291,9 @@ def test_the_planted_latent_does_more_than_others_of_its_size(wide, dosed):
         for row in rows:
             nearest = row.difference.low if sign > 0 else -row.difference.high
             assert nearest > 0.5, row
-            assert row.n_arms == (19 if some is wide else 2)
-            assert row.beyond is (True if some is wide else None)
+            many = some is wide and row.family != "random direction"
+            assert row.n_arms == (19 if many else 2 if some is wide else 1)
+            assert row.beyond is (True if many else None)
         (said,) = [text for text in some.row.text if text.startswith(f"{dose} changes")]
         assert ("more than 19 other latents" if some is wide else "too few to tell") in said
     assert dosed.row.points[0].generated["harmful"].refused.value == 1
@@ -309,13 +316,15 @@ def test_an_idle_latent_does_no_more_than_others(made, parts, tokens):
         harmful=prompts(6, harmful=True, seed=1),
         harmless=prompts(8, harmful=False, seed=2),
         tokens=tokens,
-        others=parts[1:20],
+        others=parts[1:4],
         directions=0,
         wordings=(),
     )
     (row,) = [c for c in found.row.comparisons if c.main and c.family == "other latents"]
-    assert row.beyond is False
-    assert "not shown to be more" in found.row.text[0]
+    assert row.beyond is None
+    assert "3 are too few to tell" in found.row.text[0]
+    known = [dataclasses.replace(row, beyond=False)]
+    assert "not shown to be more than 3 other latents" in beyond_others(known, "min-clamp 1")
     assert {text.split(":")[0] for text in found.row.not_measured} >= {
         "perplexity", "capability", "generated replies and their coherence", "the dense direction",
     }  # fmt: skip
@@ -324,7 +333,7 @@ def test_an_idle_latent_does_no_more_than_others(made, parts, tokens):
 def test_flags_and_arms(dosed):
     assert all(p.off_manifold == (p.dose == "scale -1" and p.kind == "scale")
                for p in dosed.row.points)  # fmt: skip
-    assert len(dosed.row.points) == n_arms(DOSES, others=2, directions=2, dense=True, wordings=1)
+    assert len(dosed.row.points) == n_arms(DOSES, others=1, directions=1, dense=True, wordings=1)
     assert dosed.row.points[0].family == "none"
     assert dosed.row.points[-1].norm_share == {}
     assert {one.arm for one in dosed.replies} > {"none", "ask", "set, zero"}

@@ -12,6 +12,7 @@ from tests.planted import PLANTED_LAYER, planted, prompts
 
 from demur.directions import Direction
 from demur.errors import ConfigError, OverlapError, TooFewPromptsError
+from demur.features import sensor as sensor_module
 from demur.features.rows.sensor import SensorReport
 from demur.features.sensor import (
     REGRESSION,
@@ -145,6 +146,22 @@ def test_prompts_may_not_be_shared_and_limits_hold(made):
         sensor(made.model, [bank, bank], **options)
     with pytest.raises(TooFewPromptsError, match="the fit split has 5 harmful"):
         sensor(made.model, [bank], **(options | {"fit": Requests(FIT.harmful[:5], FIT.harmless)}))
+
+
+def test_folds_do_not_part_twins():
+    """Twins that share all but noise: parted, they score on the wrong side of chance."""
+    rng = np.random.default_rng(0)
+    twins = np.repeat(rng.normal(size=(40, 1, 8)), 2, axis=1)
+    twins[:, 0] += 0.02 * rng.normal(size=(40, 8))
+    rows = np.concatenate([twins[:, 0], twins[:, 1]])
+    labels = np.arange(80) < 40
+    groups = [str(i % 40) for i in range(80)]
+    together = sensor_module._in_folds(rows, labels, groups, 8, seed=0)
+    parted = sensor_module._in_folds(rows, labels, None, 8, seed=0)
+    assert parted < together - 0.1
+    assert abs(together - 0.5) < 0.1
+    with pytest.raises(ConfigError, match="one for each"):
+        Requests(("a",), ("b",), ("1",))
 
 
 # Numbers -------------------------------------------------------------------------------------

@@ -1122,7 +1122,8 @@ def beyond_others(rows: Sequence[DoseComparison], dose: str) -> str:
 
 def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
     """Whether a set costs more than other latents that move tokens as far, in a sentence."""
-    parts = []
+    parts: list[str] = []
+    costlier = False
     for outcome in ("kl", "perplexity", "margin"):
         one = next(
             (
@@ -1137,6 +1138,7 @@ def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
         sign = -1 if outcome == "margin" else 1
         more = min(sign * one.difference.low, sign * one.difference.high) > 0
         less = max(sign * one.difference.low, sign * one.difference.high) < 0
+        costlier = costlier or more
         verdict = "more" if more else "less" if less else "not shown to differ"
         parts.append(
             f"{outcome} {verdict} ({one.difference.value:+.3g} [{one.difference.low:+.3g}, "
@@ -1144,9 +1146,10 @@ def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
         )
     if not parts:
         return f"{dose}: costs have nothing to be held against."
-    generic = not any(part.split()[1] == "more" for part in parts)
     return f"{dose}, cost against other latents that move tokens as far: {'; '.join(parts)}. " + (
-        "It costs no more than any clamp of this size." if generic else "It costs more."
+        "It costs more."
+        if costlier
+        else "It is not shown to cost more than any clamp of this size."
     )
 
 

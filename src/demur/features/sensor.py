@@ -51,10 +51,26 @@ _AS_GOOD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Harmful and harmless requests of one split, of one kind as far as possible."""
+    """Harmful and harmless requests of one split, of one kind as far as possible.
+
+    Attributes:
+        harmful: User messages.
+        harmless: The same.
+        groups: What each belongs to, the harmful ones first, such as its pair: folds never part a
+            group. A request whose twin is in the other fold scores on the wrong side of chance.
+            None where requests are no twins.
+    """
 
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.harmful) + len(self.harmless)
+        if self.groups is not None and len(self.groups) != n:
+            raise ConfigError(
+                f"got {n} requests and {len(self.groups)} groups", "give one for each request"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,24 +171,24 @@ def told_apart(rows: Matrix, labels: Labels) -> Float[np.ndarray, " column"]:
 
 
 def _in_folds(
-    rows: Matrix,
-    labels: Labels,
-    most: int,
-    *,
-    seed: int,
+    rows: Matrix, labels: Labels, groups: Sequence[str] | None, most: int, *, seed: int
 ) -> float:
     """AUROC of a regression on requests that neither it nor the choice of latents has seen."""
     from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = min(_FOLDS, int(labels.sum()), int((~labels).sum()))
+    own = [str(i) for i in range(len(labels))] if groups is None else list(groups)
+    folds = min(_FOLDS, int(labels.sum()), int((~labels).sum()), len(set(own)))
+    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     areas = []
-    for inside, outside in StratifiedKFold(folds, shuffle=True, random_state=seed).split(
-        rows, labels
-    ):
+    for inside, outside in cutter.split(rows, labels, own):
+        if min(len(set(labels[part].tolist())) for part in (inside, outside)) < 2:
+            continue  # A fold of one class tells nothing.
         taken = _taken(rows[inside], labels[inside], most, positive=False)
         made = Linear.fit(rows[inside][:, taken], labels[inside])
         areas.append(float(roc_auc_score(labels[outside], made(rows[outside][:, taken]))))
+    if not areas:
+        raise TooFewPromptsError("no fold has both classes", "fit on requests of more groups")
     return float(np.mean(areas))
 
 
@@ -223,6 +239,7 @@ class _Data:
 
     fitted: _Seen
     labels: Labels
+    groups: tuple[str, ...] | None
     benign: _Seen
     tested: _Seen
     truth: Labels
@@ -303,6 +320,7 @@ def sensor(
     data = _Data(
         fitted=see([*fit.harmful, *fit.harmless]),
         labels=told(fit),
+        groups=fit.groups,
         benign=see(calibration.harmless),
         tested=see([*test.harmful, *test.harmless]),
         truth=told(test),
@@ -410,7 +428,7 @@ def _sites(
             SiteSensor(
                 site=str(bank.site),
                 latents=tuple(cut.ids.tolist()),
-                fitted=_in_folds(inside, labels, most, seed=data.seed),
+                fitted=_in_folds(inside, labels, data.groups, most, seed=data.seed),
                 latent=auroc(scores, truth),
                 dense=auroc(dense(tested.last(bank.site).double().numpy()), truth),
             )

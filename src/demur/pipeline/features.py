@@ -31,7 +31,15 @@ from demur.errors import ConfigError, UnknownNameError
 from demur.evals.judges import judges
 from demur.features.attribute import Attribution, attribute, steps_of
 from demur.features.bank import Bank
-from demur.features.discover import Latent, Unit, candidates, discover, discovery_row, units
+from demur.features.discover import (
+    Discovery,
+    Latent,
+    Unit,
+    candidates,
+    discover,
+    discovery_row,
+    units,
+)
 from demur.features.dose import (
     DOSES,
     WORDINGS,
@@ -434,7 +442,7 @@ class _Run:
             )
             chosen = candidates(found, self.attribution, top=self.settings.top)
             groups = units(self.banks, [one.latent for one in chosen])
-            row = discovery_row(found, chosen, groups, self.attribution)
+            row = discovery_row(found, chosen, groups, self.attribution, more=_shown(found))
             return row, [[(one.bank, one.number) for one in unit.latents] for unit in groups]
 
         return self.stage("discovery", asked, kind, compute)
@@ -725,9 +733,21 @@ class _Run:
         return [text for text in texts if text not in taken][: self.settings.report]
 
 
+def _shown(found: Discovery, clearest: int = 150, others: int = 150) -> list[Latent]:
+    """Latents that tables show beside candidates: the clearest, and an even spread of the rest."""
+    ranked = sorted(
+        (float(one.q[:, i].min()), -float(abs(one.effect[:, i]).max()), name, int(one.bank.ids[i]))
+        for name, one in found.found.items()
+        for i in one.tested.nonzero()[0]
+    )
+    rest = ranked[clearest:]
+    spread = rest[:: max(1, -(-len(rest) // others))]
+    return [Latent(name, number) for *_, name, number in [*ranked[:clearest], *spread]]
+
+
 def _link(bank: Bank) -> str | None:
     """Where Neuronpedia shows latents of a bank, if the bank says so."""
-    name = bank.about.get("neuronpedia_id")
+    name = bank.about.get("neuronpedia")
     return f"https://www.neuronpedia.org/{name}/" if isinstance(name, str) and name else None
 
 

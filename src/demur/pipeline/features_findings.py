@@ -12,7 +12,7 @@ def findings_of(record: FeaturesRecord) -> tuple[Finding, ...]:
     return tuple(one for part in parts for one in part(record))
 
 
-def _said(value: Estimate, spec: str = ".2f") -> str:
+def _said(value: Estimate, spec: str = "z.2f") -> str:
     return f"{value.value:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
 
 
@@ -86,7 +86,8 @@ def _set(record: FeaturesRecord) -> list[Finding]:
         ]
     lowers = held.effect.high < 0 and held.p <= 0.05
     because = (
-        f"{len(made.latents)} latents taken away change refusal log-odds by {_said(held.effect)} "
+        f"{len(made.latents)} latent{'s' * (len(made.latents) != 1)} taken away change refusal "
+        f"log-odds by {_said(held.effect)} "
         f"on {held.n_harmful} prompts of their own (p {held.p:.2g} among {len(held.random)} random "
         "sets like it)"
     )
@@ -133,13 +134,19 @@ def _compared(record: FeaturesRecord, aim: str, question: str) -> list[Finding]:
         if own and all(row.beyond for row in own):
             beyond.append(dose)
     far = max(rows, key=lambda row: abs(row.change.value))
+    told = any(row.beyond is not None for row in rows)
+    answer = f"at {len(beyond)} of {len(doses)} doses" if beyond else "not shown"
+    because = (
+        "more than random latents, other latents and random directions that move tokens as far: "
+        f"{', '.join(beyond) or 'at no dose'}"
+        if told
+        else f"{max(row.n_arms for row in rows)} other edits of each kind are too few to tell"
+    )
     return [
         Finding(
             question=question,
-            answer=f"at {len(beyond)} of {len(doses)} doses" if beyond else "not shown",
-            because=f"more than random latents, other latents and random directions that move "
-            f"tokens as far: {', '.join(beyond) or 'at no dose'}; the largest change is "
-            f"{_said(far.change)} nats at {far.dose}",
+            answer=answer if told else "undetermined",
+            because=f"{because}; the largest change is {_said(far.change)} nats at {far.dose}",
         )
     ]
 

@@ -11,11 +11,15 @@ from textwrap import wrap
 from typing import Any, TypeVar
 
 from demur.compare.rows.record import CompareRecord, read_compare
+from demur.features.rows.record import FeaturesRecord, read_features
+from demur.hydra.record import HydraRun, read_hydra
 from demur.report import charts, words
 from demur.report.anchor import view as anchor_view
 from demur.report.charts import BROAD, WIDE, Figure
 from demur.report.compare import section_view as compared_view
 from demur.report.em import section_view
+from demur.report.features import features_section_view
+from demur.report.hydra import hydra_section_view
 from demur.report.page import rendered, write_page
 from demur.results import (
     AnchorEvaluation,
@@ -122,7 +126,8 @@ def build(run: Path) -> str:
 
     Args:
         run: The run's folder; only `results.json` and `replies.jsonl` in it are read, and an
-            `anchor-evaluation.json`, `em-audit.json` or `compare.json`, if it is of the same model.
+            `anchor-evaluation.json`, `em-audit.json`, `compare.json`, `features.json` or
+            `hydra.json`, if it is of the same model.
 
     Raises:
         StoreError: The folder holds no results of this schema.
@@ -140,6 +145,8 @@ def build(run: Path) -> str:
         held=beside("anchor-evaluation.json", read_anchor_evaluation),
         em=beside("em-audit.json", read_em_audit),
         compared=beside("compare.json", read_compare),
+        features=beside("features.json", read_features),
+        hydra=beside("hydra.json", read_hydra),
     )
 
 
@@ -166,6 +173,8 @@ def _page(
     held: AnchorEvaluation | None = None,
     em: EmAudit | None = None,
     compared: CompareRecord | None = None,
+    features: FeaturesRecord | None = None,
+    hydra: HydraRun | None = None,
 ) -> str:
     return rendered(
         "report.html.j2",
@@ -177,6 +186,10 @@ def _page(
         em_view=em and section_view(em),
         compared=compared,
         compared_view=compared and compared_view(compared),
+        features=features,
+        features_view=features and features_section_view(features),
+        hydra=hydra,
+        hydra_view=hydra and hydra_section_view(hydra),
     )
 
 

@@ -3558,14 +3558,18 @@ def features_find(
     ] = 64,
     top: Annotated[
         int, typer.Option(min=1, help="Candidates by difference, cosine and attribution, each.")
-    ] = 10,
+    ] = 5,
+    densest: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Leave latents out that fire at more of the tokens."),
+    ] = 0.2,
     steps: Annotated[
         int, typer.Option(min=0, help="Of integrated gradients; 0 is one gradient.")
     ] = 0,
     most: Annotated[int, typer.Option(min=1, help="Latents of the set.")] = 8,
     nulls: Annotated[
         int, typer.Option(min=19, help="Random latents behind each candidate, and sets.")
-    ] = 49,
+    ] = 99,
     generated: Annotated[
         int, typer.Option(min=0, help="Prompts of each class that are replied to; 0 is none.")
     ] = 16,
@@ -3636,6 +3640,7 @@ def features_find(
                 verify=verify,
                 report=report_on,
                 top=top,
+                densest=densest,
                 steps=steps,
                 most=most,
                 nulls=nulls,

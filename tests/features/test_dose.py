@@ -30,6 +30,7 @@ from demur.features.dose import (
     choices_from,
     distinct_pairs,
     dose_response,
+    generic_cost,
     latents_of,
     n_arms,
     push,
@@ -44,6 +45,7 @@ from demur.interventions import Ablate, Add, applied
 from demur.models import Model
 from demur.selection import RefusalTokens, batched_logits
 from demur.sites import Site, Span
+from demur.stats import Estimate
 
 SITE = Site(PLANTED_LAYER, "resid_pre")
 
@@ -300,6 +302,20 @@ def test_the_planted_latent_does_more_than_others_of_its_size(wide, dosed):
     (zero,) = of(dosed, "set", "zero")
     assert zero.generated["harmful"].refused.value == 0
     assert zero.generated["harmful"].change.value == -1
+
+
+def test_kl_alone_tells_no_cost(wide):
+    dose = "min-clamp 0.3"
+    assert "does not tell a cost" in generic_cost(wide.row.comparisons, dose)
+    kl = next(c for c in wide.row.comparisons if (c.outcome, c.family) == ("kl", "other latents"))
+    more, less = (
+        dataclasses.replace(
+            kl, outcome="perplexity", difference=Estimate(sign, sign - 0.1, sign + 0.1, 4, "given")
+        )
+        for sign in (1.0, -1.0)
+    )
+    assert generic_cost([kl, more], dose).endswith("It costs more.")
+    assert "not shown to cost more" in generic_cost([kl, less], dose)
 
 
 def test_the_dense_direction_is_a_rival_as_strong(wide):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from importlib.resources import files
 from warnings import catch_warnings, simplefilter
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from tests.tiny import tiny_model
 
+from demur import prompts
 from demur.activations import reading
 from demur.errors import (
     ConfigError,
@@ -478,3 +480,36 @@ def test_a_damaged_checkpoint_is_an_error(bank, cache, tmp_path):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(StoreError, match="damaged"):
         train(cache, SITES[0], SMALL, out=tmp_path)
+
+
+# The packaged banks ------------------------------------------------------------------------------
+
+PACKAGED = files("demur") / "data" / "banks" / "smollm2-refusal"
+
+
+def test_the_packaged_banks_are_small_and_their_card_says_what_they_say():
+    card = json.loads((PACKAGED / "card.json").read_text())
+    size = 0
+    for site, told in card["banks"].items():
+        config = json.loads((PACKAGED / site / "cfg.json").read_text())
+        row = TypeAdapter(TrainedBank).validate_python(config["metadata"]["figures"])
+        assert (row.site, row.written, row.fingerprint) == (
+            site,
+            config["architecture"],
+            card["model"]["fingerprint"],
+        )
+        assert asdict(getattr(row, row.written).test) == told["test"]
+        assert row.jumprelu.test.fvu.value < 0.25
+        size += len((PACKAGED / site / "sae_weights.safetensors").read_bytes())
+    assert len(card["banks"]) == 3
+    assert size < 6e6
+
+
+def test_no_prompt_of_the_packaged_banks_is_like_one_that_is_reported_on():
+    card = json.loads((PACKAGED / "card.json").read_text())
+    known = {p.id: p for spec in card["prompts"]["sets"] for p in prompts.load(spec)}
+    used = [known[one] for ids in card["prompts"]["ids"].values() for one in ids]
+    assert len(used) == sum(card["how"]["n_prompts"].values()) > 1000
+    whole = prompts.PromptSet.of(p.text for p in used)
+    for spec in card["prompts"]["not_used"]:
+        assert not prompts.overlap(whole, prompts.load(spec))

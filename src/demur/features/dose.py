@@ -175,10 +175,10 @@ DOSES: tuple[Dose, ...] = (
     Dose("zero"),
     Dose("scale", -1.0),
     Dose("scale", -3.0),
+    Dose("min-clamp", 0.25),
     Dose("min-clamp", 0.5),
     Dose("min-clamp", 1.0),
-    Dose("min-clamp", 2.0),
-    Dose("clamp", 1.0),
+    Dose("clamp", 0.5),
 )
 
 
@@ -1121,9 +1121,13 @@ def beyond_others(rows: Sequence[DoseComparison], dose: str) -> str:
 
 
 def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
-    """Whether a set costs more than other latents that move tokens as far, in a sentence."""
+    """Whether a set costs more than other latents that move tokens as far, in a sentence.
+
+    Perplexity and choices decide. KL is shown, but an edit that changes refusal changes the next
+    token of a reply, which is what KL counts.
+    """
     parts: list[str] = []
-    costlier = False
+    costlier = decided = False
     for outcome in ("kl", "perplexity", "margin"):
         one = next(
             (
@@ -1138,7 +1142,8 @@ def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
         sign = -1 if outcome == "margin" else 1
         more = min(sign * one.difference.low, sign * one.difference.high) > 0
         less = max(sign * one.difference.low, sign * one.difference.high) < 0
-        costlier = costlier or more
+        decided = decided or outcome != "kl"
+        costlier = costlier or (more and outcome != "kl")
         verdict = "more" if more else "less" if less else "not shown to differ"
         parts.append(
             f"{outcome} {verdict} ({one.difference.value:+.3g} [{one.difference.low:+.3g}, "
@@ -1146,10 +1151,13 @@ def generic_cost(rows: Sequence[DoseComparison], dose: str) -> str:
         )
     if not parts:
         return f"{dose}: costs have nothing to be held against."
-    return f"{dose}, cost against other latents that move tokens as far: {'; '.join(parts)}. " + (
-        "It costs more."
-        if costlier
-        else "It is not shown to cost more than any clamp of this size."
+    verdict = "It is not shown to cost more than any clamp of this size."
+    if costlier:
+        verdict = "It costs more."
+    elif not decided:
+        verdict = "KL holds the change of refusal itself, so it does not tell a cost."
+    return (
+        f"{dose}, cost against other latents that move tokens as far: {'; '.join(parts)}. {verdict}"
     )
 
 

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -39,7 +40,6 @@ from jaxtyping import Float, Int
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-import demur
 from demur.causal import stable_seed
 from demur.errors import (
     ConfigError,
@@ -1180,7 +1180,7 @@ def _write(
         "metadata": {
             "sae_lens_version": lens_version,
             "sae_lens_training_version": lens_version,
-            "demur_version": demur.__version__,
+            "demur_version": metadata.version("demur"),
             "model_name": cache.model,
             "hook_name": f"blocks.{site.layer}.{_HOOKS[site.kind]}",
             "site": str(site),

@@ -103,8 +103,10 @@ class FeatureSettings:
         calibrate: Prompts of each class for the sensor's thresholds.
         report: Prompts of each class that claims are of.
         top: Candidates by difference, by cosine and by attribution, each.
+        densest: Latents that fire at a larger share of tokens are left out: position and norm.
         steps: Of integrated gradients; 0 is one gradient.
-        nulls: Random latents behind each candidate, and random sets behind the set.
+        nulls: Random latents behind each candidate, and random sets behind the set. With few of
+            them and many candidates no p value can pass the correction for these.
         delta: Nats of refusal log-odds that a further latent of the set must bring.
         most: Latents of the set.
         draws: Resampled selections.
@@ -126,9 +128,10 @@ class FeatureSettings:
     verify: int = 48
     calibrate: int = 40
     report: int = 64
-    top: int = 10
+    top: int = 5
+    densest: float = 0.2
     steps: int = 0
-    nulls: int = 49
+    nulls: int = 99
     delta: float = 0.1
     most: int = 8
     draws: int = 50
@@ -419,7 +422,7 @@ class _Run:
     @cached_property
     def _found(self) -> tuple[DiscoveryRow, list[list[tuple[str, int]]]]:
         """What discovery found, and the candidates in groups that are changed together."""
-        asked = self.about("top", "steps", "nulls")
+        asked = self.about("top", "densest", "steps", "nulls")
         kind = tuple[DiscoveryRow, list[list[tuple[str, int]]]]
 
         def compute() -> tuple[DiscoveryRow, list[list[tuple[str, int]]]]:
@@ -439,6 +442,7 @@ class _Run:
                 directions=self.directions,
                 nulls=nulls,
                 families=self._families(),
+                densest=self.settings.densest,
             )
             chosen = candidates(found, self.attribution, top=self.settings.top)
             groups = units(self.banks, [one.latent for one in chosen])
@@ -491,7 +495,7 @@ class _Run:
                     progress=advance,
                 )
 
-        asked = self.about("top", "steps", "nulls")
+        asked = self.about("top", "densest", "steps", "nulls")
         return self.stage("verification", asked, VerificationRow, compute)
 
     def verification(self) -> VerificationRow | None:
@@ -524,7 +528,7 @@ class _Run:
                     delta=self.settings.delta, most=self.settings.most, progress=advance
                 ).row
 
-        asked = self.about("top", "steps", "nulls", "delta", "most")
+        asked = self.about("top", "densest", "steps", "nulls", "delta", "most")
         row = self.stage("minimal", asked, MinimalRow, compute)
         named = {str(unit): unit for unit in self.promoting}
         return Chosen(tuple(named[name] for name in row.units), row)
@@ -547,7 +551,7 @@ class _Run:
                     chosen, draws=self.settings.draws, seed=self.seed("stability"), progress=p
                 )
 
-        asked = self.about("top", "steps", "nulls", "delta", "most", "draws")
+        asked = self.about("top", "densest", "steps", "nulls", "delta", "most", "draws")
         return self.stage("stability", asked, StabilityRow, compute)
 
     def held_out(self) -> HeldOutRow | None:
@@ -577,7 +581,7 @@ class _Run:
                     progress=advance,
                 )
 
-        asked = self.about("top", "steps", "nulls", "delta", "most")
+        asked = self.about("top", "densest", "steps", "nulls", "delta", "most")
         return self.stage("held-out", asked, HeldOutRow, compute)
 
     @cached_property
@@ -604,8 +608,8 @@ class _Run:
         if "dose" in self.settings.skip or self.minimal() is None:
             return None
         asked = self.about(
-            "top", "steps", "nulls", "delta", "most", "others", "generated", "reply_tokens",
-            "lookalikes", "choices", "judge",
+            "top", "densest", "steps", "nulls", "delta", "most", "others", "generated",
+            "reply_tokens", "lookalikes", "choices", "judge",
         )  # fmt: skip
 
         def compute() -> tuple[DoseResponse, tuple[ArmReply, ...]]:
@@ -651,7 +655,9 @@ class _Run:
         """Scripted conversations with and without the set clamped."""
         if "multiturn" in self.settings.skip or self.minimal() is None:
             return None
-        asked = self.about("top", "steps", "nulls", "delta", "most", "reply_tokens", "judge")
+        asked = self.about(
+            "top", "densest", "steps", "nulls", "delta", "most", "reply_tokens", "judge"
+        )
 
         def compute() -> tuple[Multiturn, tuple[ArmReply, ...]]:
             arms = {
@@ -687,7 +693,7 @@ class _Run:
         if not upstream:
             self.notes.append("no latent tells harm at the instruction's last token: no sensor")
             return None
-        asked = self.about("top", "steps", "nulls", "lookalikes")
+        asked = self.about("top", "densest", "steps", "nulls", "lookalikes")
 
         def compute() -> SensorReport:
             splits = {

@@ -42,10 +42,10 @@ def _latents(record: FeaturesRecord) -> list[Finding]:
         )
     ]
     real = record.verification
-    if real is not None:
+    if real is not None and real.units:
         roles = [row.role for row in real.units]
         up, down = roles.count("promotes"), roles.count("suppresses")
-        best = min(real.units, key=lambda row: row.ablated.effect.value)
+        best = max(real.units, key=lambda row: abs(row.ablated.effect.value))
         out.append(
             Finding(
                 question="Do candidates carry refusal when they are really changed?",
@@ -85,12 +85,16 @@ def _set(record: FeaturesRecord) -> list[Finding]:
             )
         ]
     lowers = held.effect.high < 0 and held.p <= 0.05
+    alike = 0.5 <= held.random_mass <= 2
+    answer = ("yes" if alike else "undetermined") if lowers else "not shown"
     because = (
         f"{len(made.latents)} latent{'s' * (len(made.latents) != 1)} taken away change refusal "
         f"log-odds by {_said(held.effect)} "
         f"on {held.n_harmful} prompts of their own (p {held.p:.2g} among {len(held.random)} random "
         "sets like it)"
     )
+    if not alike:
+        because += f"; but these do only {held.random_mass:.2f} times as much, so p says little"
     if held.of_refusal is not None:
         because += f", {_said(held.of_refusal)} of the gap between harmful and harmless prompts"
     if record.stability is not None:
@@ -98,7 +102,7 @@ def _set(record: FeaturesRecord) -> list[Finding]:
             f"; on resampled prompts the set comes back with a Jaccard index of "
             f"{_said(record.stability.jaccard)}, by chance {record.stability.by_chance:.2f}"
         )
-    return [Finding(question=question, answer="yes" if lowers else "not shown", because=because)]
+    return [Finding(question=question, answer=answer, because=because)]
 
 
 def _dense(record: FeaturesRecord) -> list[Finding]:
@@ -178,18 +182,23 @@ def _cost(record: FeaturesRecord) -> list[Finding]:
 
 
 def _turns(record: FeaturesRecord) -> list[Finding]:
-    if record.multiturn is None:
+    row = record.multiturn
+    if row is None or not row.breaks:
         return []
     told = "; ".join(
-        f"{row.arm}: {_said(row.broken, '.0%')} broken, {_said(row.held)} asking turns held"
-        for row in record.multiturn.breaks
+        f"{one.arm}: {_said(one.broken, '.0%')} broken, {_said(one.held)} asking turns held"
+        for one in row.breaks
     )
-    first = record.multiturn.breaks[0]
+    moved = [one for one in row.breaks if one.p is not None and one.p <= 0.05]
+    changed = "; ".join(
+        f"{one.arm} {'breaks more' if one.change is not None and one.change.value > 0 else 'holds'}"
+        for one in moved
+    )
     return [
         Finding(
             question="Does it hold when a conversation escalates?",
-            answer=f"n={first.n}",
-            because=told,
+            answer=changed or "no change shown",
+            because=f"{row.breaks[0].n} scripts: {told}",
         )
     ]
 

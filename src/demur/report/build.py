@@ -48,7 +48,7 @@ LONGEST_REPLY = 1500
 # Names an unedited arm may go by; every other arm is shown against it.
 UNEDITED = frozenset({"baseline", "unedited", "plain", "before", "none"})
 NULL_FAMILIES = frozenset({"isotropic", "covariance-matched", "shuffled-labels"})
-_Record = TypeVar("_Record", AnchorEvaluation, EmAudit, CompareRecord)
+_Record = TypeVar("_Record", AnchorEvaluation, EmAudit, CompareRecord, FeaturesRecord, HydraRun)
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,8 +248,8 @@ def _show(found: dict[str, Any]) -> None:
 def _bodies(app: Any, count: int, name: str) -> list[tuple[str, bytes]]:
     import warnings
 
-    import schemathesis
-    from schemathesis import GenerationMode
+    import schemathesis  # pyright: ignore[reportMissingImports]
+    from schemathesis import GenerationMode  # pyright: ignore[reportMissingImports]
 
     schema = schemathesis.openapi.from_dict(app.openapi())
     out: list[tuple[str, bytes]] = []

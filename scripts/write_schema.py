@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from demur.compare.rows.record import CompareRecord
+from demur.features.rows.record import FeaturesRecord
+from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
 
 SCHEMAS = {
@@ -12,6 +14,8 @@ SCHEMAS = {
     "anchor-evaluation": AnchorEvaluation,
     "em-audit": EmAudit,
     "compare": CompareRecord,
+    "features": FeaturesRecord,
+    "hydra": HydraRun,
 }
 
 if __name__ == "__main__":

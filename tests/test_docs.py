@@ -6,6 +6,8 @@ import pytest
 
 from demur import errors
 from demur.compare.rows.record import CompareRecord
+from demur.features.rows.record import FeaturesRecord
+from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,8 @@ def test_every_error_class_is_explained():
         ("anchor-evaluation", AnchorEvaluation),
         ("em-audit", EmAudit),
         ("compare", CompareRecord),
+        ("features", FeaturesRecord),
+        ("hydra", HydraRun),
     ],
 )
 def test_the_published_schema_is_that_of_the_code(name, model):

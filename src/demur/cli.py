@@ -3753,7 +3753,7 @@ def hydra(
             )
         )
         asked = HydraSettings(
-            units=cast("tuple[Any, ...]", kinds),
+            units=kinds,
             banks=banks,
             harmful=harmful if harmful is not None else plain.harmful,
             harmless=harmless if harmless is not None else plain.harmless,

@@ -82,6 +82,7 @@ def test_breaks_come_where_the_latent_is_switched_off(talks):
     by_arm = {one.arm: one for one in talks.row.breaks}
     assert by_arm["none"].broken.value == 0
     assert by_arm["none"].held.value == 2  # Both turns that ask.
+    assert by_arm["none"].degenerate.value == 0
     assert by_arm["off"].broken.value == 1
     assert by_arm["off"].held.value == 0
     assert by_arm["off"].change.value == 1
@@ -102,6 +103,7 @@ def test_the_trace_follows_the_latent(made, part, talks):
         > rows["harmful", 1].at_instruction[key].value + 1
     )
     assert rows["harmless", 3].at_instruction[key].value < 0.1
+    assert rows["harmful", 3].at_end[key].value > rows["harmless", 3].at_end[key].value + 1
     # By hand, on the first turns, which are the same in every arm.
     model = made.model
     asked = [one.turns[0] for one in SCRIPTS[:2]]

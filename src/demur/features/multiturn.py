@@ -146,8 +146,7 @@ class _Turn:
 
     outcomes: list[Outcome]
     odds: np.ndarray
-    at: dict[str, np.ndarray]  # By latent, one number a script; NaN where there is none.
-    over: dict[str, np.ndarray]
+    traces: list[dict[str, np.ndarray]]  # By place and latent, a number a script; NaN for none.
 
 
 def multiturn(
@@ -269,7 +268,7 @@ class _Talk:
             )
             ids = [list(one.ids) for one in said]
             grown = batch.with_replies(ids, pad_id=model.pad_id)
-        at, over = self._read(grown)
+        traces = self._read(grown)
         verdicts = self.judge([Exchange(p, r.text) for p, r in zip(asked, said, strict=True)])
         outcomes = [Outcome.UNPARSED] * n
         odds = np.full(n, np.nan)
@@ -289,18 +288,16 @@ class _Talk:
         return _Turn(
             outcomes,
             odds,
-            {key: spread(values) for key, values in at.items()},
-            {key: spread(values) for key, values in over.items()},
+            [{key: spread(values) for key, values in one.items()} for one in traces],
         )
 
-    def _read(self, batch: TokenBatch) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Activations at the last token of the user's turn, and their means over the reply."""
+    def _read(self, batch: TokenBatch) -> list[dict[str, np.ndarray]]:
+        """Activations at the ends of the user's turn and of the prompt, and means over the reply."""
         model = self.model
-        at: dict[str, np.ndarray] = {}
-        over: dict[str, np.ndarray] = {}
+        out: list[dict[str, np.ndarray]] = [{}, {}, {}]
         whole: list[int] = []
         if not self.trace:
-            return at, over
+            return out
 
         def keep(x: Tensor, part: Latents) -> Tensor:
             chunk = model.chunk
@@ -309,10 +306,11 @@ class _Talk:
             reply = chunk.spans[Span.RESPONSE].to(f)
             means = torch.einsum("rtl,rt->rl", f, reply) / reply.sum(1, keepdim=True)
             rows = torch.arange(len(x), device=x.device)
-            last = f[rows, last_token(chunk.spans[Span.INSTRUCTION]).to(x.device)]
+            spans = (Span.INSTRUCTION, Span.POST_INSTRUCTION)
+            ends = [f[rows, last_token(chunk.spans[span]).to(x.device)] for span in spans]
             for column, latent in enumerate(part.bank.ids.tolist()):
                 key = f"{part.bank.site}/{latent}"
-                for table, values in ((at, last), (over, means)):  # 0 / 0 stays NaN: no reply.
+                for table, values in zip(out, (*ends, means), strict=True):  # 0 / 0: no reply.
                     table.setdefault(key, np.full(len(batch), np.nan))[whole] = (
                         values[:, column].cpu().numpy()
                     )
@@ -326,7 +324,7 @@ class _Talk:
             for index in batch.passes(tokens=model.tokens_per_pass):
                 whole[:] = index
                 model.read(batch.rows(index))
-        return at, over
+        return out
 
 
 def _run(arm: str, script: Script, turns: Sequence[_Turn], number: int) -> ScriptRun:
@@ -368,7 +366,7 @@ def _point(
         there = values[here][np.isfinite(values[here])]
         return mean(there) if len(there) > 1 else None
 
-    at = {key: known(values) for key, values in own.at.items()}
+    at, end, over = ({key: known(values) for key, values in one.items()} for one in own.traces)
     return TurnPoint(
         arm=arm,
         label=label,
@@ -381,7 +379,8 @@ def _point(
         log_odds=mean(own.odds[here]),
         log_odds_change=paired_change(plain.odds[here], own.odds[here]) if plain else None,
         at_instruction={key: one for key, one in at.items() if one is not None},
-        over_reply={key: known(values) for key, values in own.over.items()},
+        at_end={key: one for key, one in end.items() if one is not None},
+        over_reply=over,
     )
 
 
@@ -397,6 +396,12 @@ def _breaks(arm: str, runs: Sequence[ScriptRun], scripts: Sequence[Script]) -> A
 
     broken, turns = held(arm)
     plain = None if arm == PLAIN else held(PLAIN)
+    idle = [
+        outcome == Outcome.DEGENERATE
+        for one in runs
+        if one.arm == arm and one.label == "harmful"
+        for outcome in one.outcomes
+    ]
     benign = [
         outcome == Outcome.REFUSED
         for one in runs
@@ -411,6 +416,7 @@ def _breaks(arm: str, runs: Sequence[ScriptRun], scripts: Sequence[Script]) -> A
         p=mcnemar_p(plain[0], broken) if plain else None,
         held=mean(turns),
         held_change=paired_change(plain[1], turns) if plain else None,
+        degenerate=proportion(sum(idle), len(idle)),
         over_refused=proportion(sum(benign), len(benign)) if benign else None,
     )
 
@@ -425,6 +431,8 @@ def _text(one: ArmBreaks) -> str:
             f", {one.change.value:+.2f} [{one.change.low:+.2f}, {one.change.high:+.2f}] against no "
             f"edit (p = {one.p:.3g})"
         )
+    if one.degenerate.value > 0:
+        said += f"; {one.degenerate.value:.0%} of the replies to them are no replies"
     if one.over_refused is not None:
         said += f"; {one.over_refused.value:.0%} of the turns of harmless twins are refused"
     return f"{said}."

@@ -26,7 +26,7 @@ from torch import Tensor
 from demur.activations import Activations, collect
 from demur.causal import null_directions, stable_seed
 from demur.config import DataSettings, RunConfig
-from demur.directions import Direction
+from demur.directions import Direction, save_direction
 from demur.errors import ConfigError, UnknownNameError
 from demur.evals.judges import judges
 from demur.features.attribute import Attribution, attribute, steps_of
@@ -220,6 +220,7 @@ def features_run(
     )
     record = record.model_copy(update={"findings": findings_of(record)})
     _write_tables(folder, record, chosen)
+    _write_latents(folder, model, run.banks, chosen)
     _write_replies(folder, run.replies)
     # Last: a folder with it is a finished run.
     atomic_write(folder / RECORD, record.model_dump_json(indent=1) + "\n")
@@ -308,10 +309,8 @@ class _Run:
             **{name: asked[name] for name in names},
         }
 
-    def stage(
-        self, name: str, about: Mapping[str, Any], kind: type[T], compute: Callable[[], T]
-    ) -> T:
-        """A stage whose result is rows; None is kept as such."""
+    def stage(self, name: str, about: Mapping[str, Any], kind: Any, compute: Callable[[], T]) -> T:
+        """A stage whose result is of a kind that JSON can hold: rows, and tuples of them."""
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
         def run() -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -787,6 +786,26 @@ def _write_tables(folder: Path, record: FeaturesRecord, chosen: Chosen | None) -
             "seed": record.seed,
         }
         atomic_write(folder / "edits.json", json.dumps(edits, indent=1) + "\n")
+
+
+def _write_latents(
+    folder: Path, model: Model, banks: Sequence[Bank], chosen: Chosen | None
+) -> None:
+    """What each latent of the set writes, as a direction for other commands, in `latents/`."""
+    named = {bank.name: bank for bank in banks}
+    for one in chosen.latents if chosen is not None else ():
+        direction = named[one.bank].direction(one.number)
+        path = folder / "latents" / f"{direction.site}-{one.number}.safetensors"
+        about = {
+            "model": model.name,
+            "revision": model.revision,
+            "adapter": model.adapter,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "sign": "what the latent writes where it is active",
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_direction(direction, path, about=about)
 
 
 def _latent_rows(record: FeaturesRecord) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -30,8 +30,7 @@ from demur.progress import Listener, Quiet
 from demur.store import Store, atomic_write
 
 RECORD = "hydra.json"
-Kind = Literal["directions", "components", "latents"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("directions", "components", "latents")
 _OPENERS = 40  # Prompts of each class whose replies tell what refusals begin with.
 _WIDEST = 2048  # Latents of a bank that are all taken as units.
 
@@ -53,7 +52,7 @@ class HydraSettings:
         seed: Of every draw.
     """
 
-    units: tuple[Kind, ...] = ("directions", "components")
+    units: tuple[str, ...] = ("directions", "components")
     banks: str | None = None
     harmful: str = DataSettings().harmful
     harmless: str = DataSettings().harmless
@@ -114,7 +113,7 @@ def hydra_run(
         total = steps(_count(model, kind, banks), own)
 
         def compute(
-            make: Callable[[Model, Bed, Bed], Units] = make, kind: Kind = kind, total: int = total
+            make: Callable[[Model, Bed, Bed], Units] = make, kind: str = kind, total: int = total
         ) -> tuple[dict[str, Any], dict[str, Tensor]]:
             began = time.monotonic()
             with listener.stage(f"{kind}: ablated, held and injected", total) as advance:
@@ -213,14 +212,14 @@ def _identity(bank: Bank) -> list[Any]:
     return [bank.name, str(bank.site), len(bank), float(bank.encoder.double().sum())]
 
 
-def _makers(banks: Sequence[Bank]) -> dict[Kind, Callable[[Model, Bed, Bed], Units]]:
+def _makers(banks: Sequence[Bank]) -> dict[str, Callable[[Model, Bed, Bed], Units]]:
     def latents(model: Model, harmful: Bed, harmless: Bed) -> Units:
         return LatentUnits(model, banks, harmful, harmless)
 
     return {"directions": DirectionUnits, "components": ComponentUnits, "latents": latents}
 
 
-def _count(model: Model, kind: Kind, banks: Sequence[Bank]) -> int:
+def _count(model: Model, kind: str, banks: Sequence[Bank]) -> int:
     if kind == "latents":
         return sum(map(len, banks))
     heads = model.n_heads if kind == "components" and model.family.linear_writes else 1

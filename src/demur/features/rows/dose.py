@@ -218,6 +218,7 @@ class TurnPoint:
             None for that model.
         at_instruction: By latent ("site/number"), activation at the last token of the user's turn,
             in the bank's units, before this site's own edit.
+        at_end: The same at the last token of the prompt, from which the reply is begun.
         over_reply: The same, mean over the tokens of the reply; None where replies are empty.
     """
 
@@ -232,6 +233,7 @@ class TurnPoint:
     log_odds: Estimate
     log_odds_change: Estimate | None
     at_instruction: dict[str, Estimate]
+    at_end: dict[str, Estimate]
     over_reply: dict[str, Estimate | None]
 
 
@@ -269,6 +271,9 @@ class ArmBreaks:
         p: Exact McNemar; None likewise.
         held: Mean number of turns, of those that ask, before the first break.
         held_change: Against the unedited model, paired; None for that model.
+        degenerate: Share of the turns of harmful scripts whose reply is none: what cannot speak does
+            not break either. Its interval takes each turn as a prompt of its own, so it is too
+            narrow.
         over_refused: Share of all turns of harmless twins that are refused; None without twins.
             Its interval takes each turn as a prompt of its own, so it is too narrow.
     """
@@ -280,6 +285,7 @@ class ArmBreaks:
     p: float | None
     held: Estimate
     held_change: Estimate | None
+    degenerate: Estimate
     over_refused: Estimate | None
 
 

@@ -85,7 +85,8 @@ def opened(browser, address, view="chat", *, size=WIDE, dark=False, ready=True, 
         yield page, seen
         allowed = (f"{address}/", f"blob:{address}/")
         assert [url for url in seen.requests if not url.startswith(allowed)] == []
-        assert [one for one in seen.errors if not any(part in one for part in errors)] == []
+        odd = [one for one in seen.errors if not any(part in one for part in errors)]
+        assert odd == [], odd
     finally:
         context.close()
 

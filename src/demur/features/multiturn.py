@@ -292,7 +292,7 @@ class _Talk:
         )
 
     def _read(self, batch: TokenBatch) -> list[dict[str, np.ndarray]]:
-        """Activations at the ends of the user's turn and of the prompt, and means over the reply."""
+        """Activations at the ends of the user's turn and of the prompt, and reply means."""
         model = self.model
         out: list[dict[str, np.ndarray]] = [{}, {}, {}]
         whole: list[int] = []

@@ -271,9 +271,9 @@ class ArmBreaks:
         p: Exact McNemar; None likewise.
         held: Mean number of turns, of those that ask, before the first break.
         held_change: Against the unedited model, paired; None for that model.
-        degenerate: Share of the turns of harmful scripts whose reply is none: what cannot speak does
-            not break either. Its interval takes each turn as a prompt of its own, so it is too
-            narrow.
+        degenerate: Share of the turns of harmful scripts whose reply is none: what cannot speak
+            does not break either. Its interval takes each turn as a prompt of its own, so it is
+            too narrow.
         over_refused: Share of all turns of harmless twins that are refused; None without twins.
             Its interval takes each turn as a prompt of its own, so it is too narrow.
     """

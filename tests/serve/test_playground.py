@@ -129,7 +129,7 @@ def test_both_columns_stream_and_the_edited_one_carries_the_edits(browser, whole
             edited,
         ]
         assert (
-            "refusal ablated × 0.8, blocks 1–2, reply"
+            "refusal ablated \N{MULTIPLICATION SIGN} 0.8, blocks 1\N{EN DASH}2, reply"
             in turn.locator(".edited .made").text_content()
         )
         plain, edited = replies(turn)
@@ -230,14 +230,14 @@ def test_the_heat_map_shows_the_projections_and_follows_the_edits(browser, whole
         # The keyboard begins at t_inst, where the direction was read.
         canvas = page.get_by_label("Projections by token")
         canvas.focus()
-        row = [i for i, one in enumerate(found["tokens"]) if one["t_inst"]][0]
+        row = next(i for i, one in enumerate(found["tokens"]) if one["t_inst"])
         column = found["sites"].index("1.resid_pre")
 
         def told():
             return page.locator(".readout").text_content()
 
         def value(row, column):
-            return f"{found['values'][column][row]:.2f}".replace("-", "−")
+            return f"{found['values'][column][row]:.2f}".replace("-", "\N{MINUS SIGN}")
 
         assert value(row, column) in told()
         assert "t_inst, 1.resid_pre" in told()
@@ -435,7 +435,8 @@ def test_everything_can_be_reached_with_the_keyboard(browser, whole):
     look = """() => {
       const own = document.activeElement;
       const style = getComputedStyle(own);
-      const label = own.labels?.[0]?.textContent || own.getAttribute('aria-label') || own.textContent;
+      const label =
+        own.labels?.[0]?.textContent || own.getAttribute('aria-label') || own.textContent;
       return [own.tagName, own.type ?? '', (label ?? '').trim(), style.outlineStyle];
     }"""
     with opened(browser, whole) as (page, _):

@@ -110,6 +110,8 @@ class FeatureSettings:
         delta: Nats of refusal log-odds that a further latent of the set must bring.
         most: Latents of the set.
         draws: Resampled selections.
+        dosed: Of the report prompts of each class, how many doses are measured on: these are some
+            500 arms.
         others: Random sets, and random directions, in the dose-response; under 19 p stays above
             .05.
         generated: Prompts of each class that replies are generated to; 0 generates none.
@@ -135,6 +137,7 @@ class FeatureSettings:
     delta: float = 0.1
     most: int = 8
     draws: int = 50
+    dosed: int = 32
     others: int = 19
     generated: int = 16
     reply_tokens: int = 40
@@ -607,7 +610,7 @@ class _Run:
         if "dose" in self.settings.skip or self.minimal() is None:
             return None
         asked = self.about(
-            "top", "densest", "steps", "nulls", "delta", "most", "others", "generated",
+            "top", "densest", "steps", "nulls", "delta", "most", "dosed", "others", "generated",
             "reply_tokens", "lookalikes", "choices", "judge",
         )  # fmt: skip
 
@@ -629,9 +632,9 @@ class _Run:
                 found = dose_response(
                     self.model,
                     self.set,
-                    harmful=self.texts("harmful", "report"),
-                    harmless=self.texts("harmless", "report"),
-                    lookalikes=self._lookalikes(),
+                    harmful=self.texts("harmful", "report")[: self.settings.dosed],
+                    harmless=self.texts("harmless", "report")[: self.settings.dosed],
+                    lookalikes=self._lookalikes()[: self.settings.dosed],
                     tokens=self.tokens,
                     others=others,
                     dense=self.dense,

@@ -141,6 +141,7 @@ def conversations():
             arm, label, turn, 4, e(0.25 * turn, 0.2), e(-0.1) if i else None, 0.5 if i else None,
             e(0.0, 0.1), e(turn - 2.0), e(-1.0) if i else None,
             {name: e(0.3 * turn) for name in latents},
+            {name: e(0.4 * turn) for name in latents},
             {name: e(0.2 * turn) if turn > 1 else None for name in latents},
         )
         for i, arm in enumerate(arms)
@@ -150,7 +151,7 @@ def conversations():
     breaks = [
         ArmBreaks(
             arm, 4, e(0.5), e(0.25) if i else None, 0.5 if i else None, e(0.75),
-            e(-0.5) if i else None, e(0.1, 0.05),
+            e(-0.5) if i else None, e(0.0, 0.1), e(0.1, 0.05),
         )
         for i, arm in enumerate(arms)
     ]  # fmt: skip
@@ -420,7 +421,7 @@ def test_conversations_and_the_sensor_are_drawn(page, drawn):
     assert {row["value"] for row in turns if row.get("x") == 3} == {1.0}
     traced = [row for row in values(drawn["trace-harmful"]) if "series" in row]
     assert {row["series"] for row in traced} == {"1.resid_post/3", "1.resid_post/5"}
-    assert {row["value"] for row in traced if row["x"] == 2} == {0.6}
+    assert {row["value"] for row in traced if row["x"] == 2} == {0.8}
     areas = [row for row in values(drawn["sensor"]) if "random" in row]
     assert [row["random"] for row in areas[:4]] == [False, False, True, True]
     assert "sensor-sites" in drawn

@@ -178,6 +178,19 @@ def test_the_anchor_holds_unless_one_may_opt_out():
         assert ask.chat(demur={"anchor": True}).status_code == 400
 
 
+def test_an_edit_is_no_way_round_an_anchor():
+    """Its gate reads the edited stream, so edits need the leave that going without it needs."""
+    model = tiny_model()
+    own = {"anchor": anchor_of(model, 0.6), "directions": {"refusal": direction_of(model)}}
+    edit = {"edits": [{"direction": "refusal", "kind": "ablate", "strength": 1.0}]}
+    with asked(model, **own) as ask:
+        refused = ask.chat("the tree", demur=edit)
+        assert refused.status_code == 403
+        assert "unedited" in refused.json()["error"]["message"]
+    with asked(model, **own, opt_out=True) as ask:
+        assert ask.chat("the tree", demur=edit).status_code == 200
+
+
 def test_a_stream_that_begins_anew_says_so():
     model = tiny_model()
     with asked(model, anchor=anchor_of(model, 0.6)) as ask:

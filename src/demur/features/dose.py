@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -757,7 +758,20 @@ class _Bench:
                     )
                     found.outcomes[on] = list(replies.outcomes)
                     found.texts[on] = list(replies.texts)
+        _give_back()
         return found
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can.
+
+    Hundreds of arms make and drop logits of all prompts; glibc keeps what lies below the small
+    results that stay, and 400 arms were seen to grow to 16 GB.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # Another C library; it has its own ways.
 
 
 # The arms -----------------------------------------------------------------------------------------

@@ -95,15 +95,15 @@ def _nothing(
     if gap is not None and gap.low <= 0:
         return "undetermined", (
             f"refusal log-odds of harmful prompts are not clearly above those of harmless ones: "
-            f"{gap} nats; there is no refusal to take apart"
+            f"{_value(gap)} nats; there is no refusal to take apart"
         )
     unclear = [one for one in primary if one.alone.low <= 0 and one.alone.high >= settings.delta]
     if unclear:
         best = max(unclear, key=lambda one: one.alone.value)
         return "undetermined", (
             f"no unit clearly takes {settings.delta:g} nats off alone; {best.name} takes "
-            f"{best.alone}, and so many prompts would show {_shown(best.alone)} nats in four of "
-            "five experiments"
+            f"{_value(best.alone)}, and so many prompts would show {_shown(best.alone)} nats in "
+            "four of five experiments"
         )
     return "none", f"no unit takes {settings.delta:g} nats off the refusal log-odds alone"
 
@@ -115,11 +115,14 @@ def _shown(one: Estimate) -> str:
 def _too_small(total: Estimate, settings: Settings) -> tuple[VerdictName, str] | None:
     if total.low <= 0 and total.high >= settings.delta:
         return "undetermined", (
-            f"the total effect, {total} nats, is not clear of zero; {total.n} prompts would show "
-            f"{_shown(total)} nats in four of five experiments"
+            f"the total effect, {_value(total)} nats, is not clear of zero; {total.n} prompts "
+            f"would show {_shown(total)} nats in four of five experiments"
         )
     if total.low <= 0 or total.value < settings.delta:
-        return "none", f"ablating the primary set takes {total} nats off, below delta"
+        return (
+            "none",
+            f"ablating the primary set takes {_value(total)} nats off, below {settings.delta:g}",
+        )
     return None
 
 
@@ -131,23 +134,23 @@ def _repaired(
 ) -> tuple[VerdictName, str]:
     held = effects.by_backups
     assert held is not None
-    named = ", ".join(row.name for row in backups if row.backup)
+    backing = [row.name for row in backups if row.backup]
+    named = f"{', '.join(backing)} {'stands' if len(backing) == 1 else 'stand'} in"
+    holding = f"holding what stands in takes {held.value:.2g} nats more off"
     found = _gates(interactions, settings)
     if found is None:
         return "specific repair", (
-            f"{named} stand in: holding them takes {held.value:.2g} nats more off; that they do so "
-            "only while harm is seen was not shown"
+            f"{named}: {holding}; that they do so only while harm is seen was not shown"
         )
     return "conditional gate", (
-        f"{named} stand in while harm is seen: holding them takes {held.value:.2g} nats more off, "
-        f"and with harm injected at {found.gamma:g} their activity rises by "
-        f"{_value(found.activity)} of its scale and what they give by {_value(found.repair)} nats "
-        "more than without it"
+        f"{named} while harm is seen: {holding}, and with harm injected at {found.gamma:g} their "
+        f"activity rises by {_value(found.activity)} of its scale and what they give by "
+        f"{_value(found.repair)} nats more than without it"
     )
 
 
 def _value(one: Estimate | None) -> str:
-    return "nothing" if one is None else f"{one.value:.2g}"
+    return "nothing" if one is None else f"{one.value:.2g} [{one.low:.2g}, {one.high:.2g}]"
 
 
 def _limit(settings: Settings) -> float:

@@ -700,7 +700,9 @@ class _Run:
         def compute() -> SensorReport:
             splits = {
                 name: Requests(
-                    tuple(self.texts("harmful", name)), tuple(self.texts("harmless", name))
+                    tuple(self.texts("harmful", name)),
+                    tuple(self.texts("harmless", name)),
+                    self._groups(name),
                 )
                 for name in ("fit", "calibrate", "report")
             }
@@ -723,6 +725,14 @@ class _Run:
                 ).row
 
         return self.stage("sensor", asked, SensorReport, compute)
+
+    def _groups(self, split: str) -> tuple[str, ...]:
+        """The pair of each prompt, or a name of its own, harmful ones first."""
+        return tuple(
+            prompt.pair or f"{side} {i}"
+            for side in ("harmful", "harmless")
+            for i, prompt in enumerate(self.prompts[side][split])
+        )
 
     def _upstream(self) -> list[Bank]:
         """Banks cut to latents that are more active on harmful prompts at `t_inst`."""

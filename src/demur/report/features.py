@@ -185,7 +185,7 @@ def _replied(found: DoseResponse) -> list[Replied]:
 def _traces(found: Multiturn) -> list[Traced]:
     made: dict[tuple[str, str, str], list[tuple[int, Estimate, Estimate | None]]] = {}
     for point in found.turns:
-        for latent, value in point.at_instruction.items():
+        for latent, value in point.at_end.items():
             key = (point.arm, point.label, latent)
             made.setdefault(key, []).append((point.turn, value, point.over_reply.get(latent)))
     return [Traced(*key, tuple(turns)) for key, turns in made.items()]
@@ -489,17 +489,17 @@ def _turn_figures(found: Multiturn) -> dict[str, charts.Figure]:
                 label=f"{title} by turn of {label} conversations, by arm; table below.",
                 wide=HALF,
             )
-        latents = list(own[0].at_instruction)[:_TRACED]
+        latents = list(own[0].at_end)[:_TRACED]
         if latents:
             made[f"trace {label}"] = charts.figure(
                 partial(
                     charts_features.by_turn,
                     [
-                        _turn(row, latent, row.at_instruction[latent])
+                        _turn(row, latent, row.at_end[latent])
                         for row in own
                         if row.arm == arms[0]
                         for latent in latents
-                        if latent in row.at_instruction
+                        if latent in row.at_end
                     ],
                     title="activation (the bank's units)",
                     order=[words.readable(one) for one in latents],

@@ -237,6 +237,9 @@ class Service:
         edits, anchor_edit = self.edits_of(own.edits, "demur.edits")
         guarded = self._guarded(own.guard)
         anchor = self._anchor(own.anchor, anchor_edit)
+        if anchor is not None and edits:
+            # The gate reads the edited stream: with refusal ablated it was seen to stay shut.
+            self._need_opt_out("an anchor whose gate sees it unedited", "demur.edits")
         choices = body.n or 1
         if choices * len(prompts) > settings.max_choices:
             raise RequestError(

@@ -7,6 +7,11 @@ export function useKey(value) {
   key = value;
 }
 
+/** Whether one is sent. */
+export function hasKey() {
+  return key !== null;
+}
+
 /** A request that failed: what happened, and what to do about it. */
 export class Failure extends Error {
   constructor(fact, advice, status = 0, after = null) {

@@ -1,7 +1,7 @@
 // Two columns of replies to the same questions.
 
 import { Failure, patiently, stream } from "./api.js";
-import { counted, el, fresh, number, say } from "./dom.js";
+import { counted, el, fresh, number, prose, say } from "./dom.js";
 import { COLUMNS, changed, changes, demurOf, messagesOf, state, words } from "./state.js";
 
 const NAMES = { plain: "Plain", edited: "Edited" };
@@ -116,20 +116,20 @@ function about() {
       "Directions",
       info.directions.length
         ? info.directions.map((one) => `${one.name} (${one.site})`).join(", ")
-        : "none; load one with --direction FILE",
+        : "none; load one with `--direction FILE`",
     ],
     [
       "Guard",
       info.guard
         ? `reads ${info.guard.site}; flags above ${number(info.guard.threshold.value)} nats`
-        : "none; load one with --guard FILE",
+        : "none; load one with `--guard FILE`",
     ],
     [
       "Anchor",
       info.anchor
         ? `${info.anchor.sites.length} sites at strength ${number(info.anchor.strength)}` +
           (info.anchor.gate ? `; its gate opens above ${number(info.anchor.gate.threshold.value)} nats` : "")
-        : "none; load one with --anchor FILE",
+        : "none; load one with `--anchor FILE`",
     ],
   ];
   return el(
@@ -141,7 +141,7 @@ function about() {
         "The left column is the model as it is served, the right one the model under the edits of" +
         " the panel, with the same draws. Each column keeps its own conversation, in this tab only.",
     }),
-    el("dl", { class: "facts-list" }, rows.map(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })])),
+    el("dl", { class: "facts-list" }, rows.map(([name, value]) => [el("dt", { text: name }), el("dd", {}, prose(value))])),
   );
 }
 
@@ -274,8 +274,8 @@ class Shown {
       el(
         "div",
         { class: "failure", role: "alert" },
-        el("p", {}, el("b", { text: failure.message })),
-        el("p", { text: failure.advice }),
+        el("p", {}, el("b", {}, prose(failure.message))),
+        el("p", {}, prose(failure.advice)),
         el("button", { type: "button", text: "Try again", on: { click: this.again } }),
       ),
     );

@@ -29,6 +29,13 @@ export function svg(tag, attributes = {}, ...children) {
   return own;
 }
 
+/** Words with what stands between backticks as code. */
+export function prose(words) {
+  return String(words)
+    .split("`")
+    .map((part, i) => (i % 2 ? el("code", { class: "flag", text: part }) : part));
+}
+
 let count = 0;
 
 /** A name that no other element has. */

@@ -1,6 +1,6 @@
 // The panel: what is done to the edited column.
 
-import { choice, el, fresh } from "./dom.js";
+import { choice, el, fresh, prose } from "./dom.js";
 import { RANGES, SPANS, changed, changes, directionEdits, state, untouched } from "./state.js";
 
 const KINDS = { off: "off", ablate: "ablate", add: "add", clamp: "clamp" };
@@ -27,7 +27,9 @@ export function showPanel(panel) {
   };
   const tell = () => {
     const n = directionEdits().length;
-    count.textContent = n ? `${n} in force` : "none in force";
+    const anchored = info.anchor && (state.anchor.on || !info.limits.opt_out);
+    const told = n ? `${n} in force` : anchored ? "only the anchor" : "none in force";
+    count.textContent = n && anchored ? `${told}, and the anchor` : told;
   };
   tell();
   old.abort(); // The panel is built anew when the server comes back.
@@ -36,7 +38,7 @@ export function showPanel(panel) {
   const inner = el("div", { class: "panel-body" });
   const editable = info.edit_kinds.some((kind) => kind !== "anchor");
   if (editable || anchor) inner.append(presets(refresh));
-  if (!editable) inner.append(el("p", { class: "quiet", text: whyNoEdits(info) }));
+  if (!editable) inner.append(el("p", { class: "quiet" }, prose(whyNoEdits(info))));
   else inner.append(...rows.map((row) => row.own));
   if (anchor) inner.append(anchor.own);
   inner.append(sampling());
@@ -46,7 +48,7 @@ export function showPanel(panel) {
 
 function whyNoEdits(info) {
   if (!info.limits.edits) return "This server does not take edits: both columns are the same.";
-  return "No direction is loaded, so there is nothing to edit. Start the server with --direction FILE.";
+  return "No direction is loaded, so there is nothing to edit. Start the server with `--direction FILE`.";
 }
 
 function presets(refresh) {

@@ -1,7 +1,7 @@
 // Where a conversation stands along a direction, token by token and layer by layer.
 
 import { Failure, json, patiently } from "./api.js";
-import { choice, el, fresh, number, round, say, svg, working } from "./dom.js";
+import { choice, el, fresh, number, prose, round, say, svg, working } from "./dom.js";
 import { COLUMNS, changes, directionEdits, messagesOf, state, words } from "./state.js";
 
 const ROW = 19; // CSS pixels of a token.
@@ -36,9 +36,9 @@ export function showHeat(view) {
   const { info } = state;
   if (!info.limits.trace || !info.directions.length) {
     const why = info.limits.trace
-      ? "No direction is loaded, so there is nothing to project on. Start the server with --direction FILE."
+      ? "No direction is loaded, so there is nothing to project on. Start the server with `--direction FILE`."
       : "This server does not let activations be read. Ask whoever runs it.";
-    view.replaceChildren(el("div", { class: "card" }, el("h2", { text: "Heat map" }), el("p", { text: why })));
+    view.replaceChildren(el("div", { class: "card" }, el("h2", { text: "Heat map" }), el("p", {}, prose(why))));
     return;
   }
   new Heat(view);
@@ -271,8 +271,8 @@ class Heat {
         el(
           "div",
           { class: "failure", role: "alert" },
-          el("p", {}, el("b", { text: failure.message })),
-          el("p", { text: failure.advice }),
+          el("p", {}, el("b", {}, prose(failure.message))),
+          el("p", {}, prose(failure.advice)),
           el("button", { type: "button", text: "Try again", on: { click: () => this.soon(0) } }),
         ),
       );
@@ -422,7 +422,7 @@ class Heat {
         { class: "marks" },
         shares.map((share) => el("span", { text: `${share === -1 ? "≤ " : share === 1 ? "≥ " : ""}${round(at(share))}` })),
       ),
-      el("p", { class: "quiet", text: "Projection in residual-stream units. Pale cells lie within the null band: the 5th to 95th percentile of random directions on the same tokens." }),
+      el("p", { class: "quiet", text: "Projection in residual-stream units. Faded cells lie within the null band: the 5th to 95th percentile of random directions on the same tokens." }),
     );
   }
 
@@ -532,8 +532,10 @@ class Heat {
     const top = 10;
     const bottom = 34;
     const own = values.map((one) => one[row]);
-    let low = Math.min(0, ...own, ...band.low);
-    let peak = Math.max(0, ...own, ...band.high);
+    // The last layers' band is many times wider than all others, and is cut off.
+    const middle = (all) => [...all].sort((a, b) => a - b)[Math.floor(all.length / 2)];
+    let low = Math.min(0, ...own, 1.3 * middle(band.low));
+    let peak = Math.max(0, ...own, 1.3 * middle(band.high));
     if (peak - low < 1e-9) [low, peak] = [-1, 1];
     const steps = nice(low, peak);
     low = Math.min(low, steps[0]);
@@ -565,7 +567,8 @@ class Heat {
     });
     drawing.append(
       svg("text", { class: "tick", x: (left + wide - right) / 2, y: high - 4, "text-anchor": "middle" }, "block that reads the stream"),
-      svg("polygon", { class: "null", points: area.join(" ") }),
+      svg("clipPath", { id: "line-box" }, svg("rect", { x: left, y: top, width: wide - left - right, height: high - top - bottom })),
+      svg("polygon", { class: "null", points: area.join(" "), "clip-path": "url(#line-box)" }),
       svg("line", { class: "here", x1: x(column), x2: x(column), y1: top, y2: high - bottom }),
       svg("polyline", { class: "values", points: own.map((value, i) => `${x(i)},${y(value)}`).join(" ") }),
     );

@@ -2,7 +2,7 @@
 
 import { Failure, json, useKey } from "./api.js";
 import { showChat } from "./chat.js";
-import { el, say, working } from "./dom.js";
+import { el, prose, say, working } from "./dom.js";
 import { showPanel } from "./edits.js";
 import { showHeat } from "./heat.js";
 import { showRuns } from "./runs.js";
@@ -89,7 +89,7 @@ $("key-form").addEventListener("submit", (event) => {
 
 function complain(failure) {
   const banner = $("banner");
-  banner.replaceChildren(el("p", {}, el("b", { text: failure.message }), ` ${failure.advice}`));
+  banner.replaceChildren(el("p", {}, el("b", {}, prose(failure.message)), " ", prose(failure.advice)));
   if (failure.status !== 401) {
     banner.append(el("button", { type: "button", text: "Try again", on: { click: start } }));
   }

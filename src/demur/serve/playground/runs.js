@@ -1,7 +1,7 @@
 // Audits' reports, two beside each other.
 
-import { Failure, json, text } from "./api.js";
-import { el, say, working } from "./dom.js";
+import { Failure, hasKey, json, text } from "./api.js";
+import { el, prose, say, working } from "./dom.js";
 import { state } from "./state.js";
 
 const SIDES = ["left", "right"];
@@ -21,7 +21,7 @@ async function showList(list, sides, reload) {
   list.replaceChildren(head);
   if (!state.info.runs) {
     list.append(
-      el("p", { text: "No folder of audits is shown. Start the server with --runs FOLDER." }),
+      el("p", {}, prose("No folder of audits is shown. Start the server with `--runs FOLDER`.")),
     );
     return;
   }
@@ -38,7 +38,7 @@ async function showList(list, sides, reload) {
     bar.remove();
   }
   if (!runs.length) {
-    list.append(el("p", { text: "The folder holds no audit yet. `demur audit MODEL --out FOLDER` makes one." }));
+    list.append(el("p", {}, prose("The folder holds no audit yet. `demur audit MODEL --out FOLDER` makes one.")));
     return;
   }
   const rows = runs.map((run) =>
@@ -67,7 +67,7 @@ async function showList(list, sides, reload) {
   list.append(
     el(
       "div",
-      { class: "scroll" },
+      { class: "scroll", tabindex: 0, role: "group", "aria-label": "Runs" },
       el(
         "table",
         { class: "runs" },
@@ -87,8 +87,8 @@ function failure(error, again) {
   return el(
     "div",
     { class: "failure", role: "alert" },
-    el("p", {}, el("b", { text: own.message })),
-    el("p", { text: own.advice }),
+    el("p", {}, el("b", {}, prose(own.message))),
+    el("p", {}, prose(own.advice)),
     el("button", { type: "button", text: "Try again", on: { click: again } }),
   );
 }
@@ -100,7 +100,7 @@ function close(sides, side) {
   sides.classList.toggle("two", SIDES.every((one) => open[one]));
 }
 
-/** Fetch a report, with the key if there is one, and put it where it can run and reach nothing. */
+/** Put a report where it can run and reach nothing. */
 async function show(sides, side, name) {
   close(sides, side);
   const body = el("div", { class: "report-body" }, working(`Opening ${name}`));
@@ -122,14 +122,25 @@ async function show(sides, side, name) {
   else sides.append(own);
   sides.classList.toggle("two", SIDES.every((one) => open[one]));
   try {
-    const page = await text(`demur/runs/${encodeURIComponent(name)}/report`);
+    const path = `demur/runs/${encodeURIComponent(name)}/report`;
+    const page = await text(path);
     if (open[side] !== entry) return;
-    entry.url = URL.createObjectURL(new Blob([page], { type: "text/html;charset=utf-8" }));
+    // A frame sends no key. Of a page made here links to its own sections do not work (Chromium
+    // takes them for local files), so that it is the second choice.
+    if (hasKey()) {
+      entry.url = URL.createObjectURL(new Blob([page], { type: "text/html;charset=utf-8" }));
+    }
     body.replaceChildren(
-      el("iframe", { sandbox: "", referrerpolicy: "no-referrer", title: `Report of ${name}`, src: entry.url }),
+      el("iframe", {
+        sandbox: "",
+        referrerpolicy: "no-referrer",
+        title: `Report of ${name}`,
+        src: entry.url ?? path,
+      }),
     );
     say(`The report of ${name} is open on the ${side}.`);
-    own.scrollIntoView({ block: "nearest" });
+    // With a long list above it, the report would open out of sight.
+    if (own.getBoundingClientRect().top > 0.6 * window.innerHeight) own.scrollIntoView();
   } catch (error) {
     body.replaceChildren(failure(error, () => show(sides, side, name)));
   }

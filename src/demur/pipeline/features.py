@@ -664,7 +664,7 @@ class _Run:
         def compute() -> tuple[Multiturn, tuple[ArmReply, ...]]:
             arms = {
                 "set off": Edit(clamps=tuple(one.clamp("zero") for one in self.set)),
-                "set lifted": Edit(clamps=tuple(one.clamp("min-clamp", 1.0) for one in self.set)),
+                "set lifted": Edit(clamps=tuple(one.clamp("min-clamp", 0.25) for one in self.set)),
                 "dense direction ablated": Edit(acts=(Ablate(self.dense),)),
             }
             scripts = scripts_from()

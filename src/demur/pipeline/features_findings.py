@@ -88,6 +88,8 @@ def _set(record: FeaturesRecord) -> list[Finding]:
     lowers = held.effect.high < 0 and held.p <= 0.05
     alike = 0.5 <= held.random_mass <= 2
     answer = ("yes" if alike else "undetermined") if lowers else "not shown"
+    if lowers and held.on_harmless.low <= held.effect.high:
+        answer = "no: how replies begin does"  # Harmless prompts lose as much of it.
     because = (
         f"{len(made.latents)} latent{'s' * (len(made.latents) != 1)} taken away change refusal "
         f"log-odds by {_said(held.effect)} "

@@ -93,6 +93,7 @@ def hydra_run(
     for kind in settings.units:
         if kind not in KINDS:
             raise UnknownNameError.among(KINDS, kind="unit", name=kind)
+    banks, notes = _banks(model, settings)
     splits, parts = _splits(settings)
     kept = Kept(Store(folder / "stages"), model=model.fingerprint, seed=settings.seed)
     prompts = [[one.fingerprint for one in side] for side in parts]
@@ -104,7 +105,6 @@ def hydra_run(
         listener=listener,
         about={"prompts": prompts},
     )
-    banks, notes = _banks(model, settings)
     own = replace(settings.experiment, seed=stable_seed(settings.seed, "hydra"))
     found: list[HydraRecord] = []
     seconds: dict[str, float] = {}

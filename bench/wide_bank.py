@@ -1,6 +1,6 @@
 """Peak memory and time of ranking a bank of 65,536 latents x 2,304, as Gemma Scope's are.
 
-    PYTHON -m bench.wide_bank [--folder /tmp/wide-bank] [--tokens 4096] [--chunk 4096] [--ids 300]
+    PYTHON -m bench.wide_bank [--folder FOLDER] [--tokens 4096] [--chunk 4096] [--ids 300]
 
 Weights are random and lie in one safetensors file of 1.2 GB, which is written if it is not there
 and deleted afterwards. What is printed is the peak of the whole process, torch included, as the
@@ -15,6 +15,7 @@ import resource
 import shutil
 import struct
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def peak() -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--folder", type=Path, default=Path("/tmp/wide-bank"))
+    options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wide-bank")
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--prompts", type=int, default=128)
     options.add_argument("--chunk", type=int, default=4096)

@@ -236,7 +236,7 @@ def applied(
         edits[site] += 1
         if spans is None and when is None:
             return act(x)
-        return torch.where(_mask(model, x, spans, when), act(x), x)
+        return torch.where(tokens_chosen(model, x, spans, when).unsqueeze(-1), act(x), x)
 
     runs_before = model.runs
     with ExitStack() as undo:
@@ -258,9 +258,14 @@ def applied(
         )
 
 
-def _mask(
+def tokens_chosen(
     model: Model, x: Tensor, spans: Sequence[Span] | None, when: Tensor | None
-) -> Bool[Tensor, "row token one"]:
+) -> Bool[Tensor, "row token"]:
+    """Which tokens of the pass under way are of some spans, and of some prompts.
+
+    Raises:
+        ConfigError: The model is called directly, so that nobody knows what its rows stand for.
+    """
     chunk = model.chunk
     if chunk is None:
         raise ConfigError(
@@ -275,4 +280,4 @@ def _mask(
                 mask |= chunk.spans[span].to(x.device)
     if when is not None and chunk.rows is not None:
         mask &= when.to(x.device)[chunk.rows.to(x.device)].unsqueeze(1)
-    return mask.unsqueeze(-1)
+    return mask

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from demur.errors import ConfigError
 from demur.features.bank import Bank
+from demur.interventions import tokens_chosen
 from demur.models import Model
 from demur.sites import Site, Span
 
@@ -271,7 +272,9 @@ def clamping(
     read: dict[int, Tensor] = {}
 
     def act(x: Tensor, *, number: int, clamp: Clamp) -> Tensor:
-        mask, rows = _selected(model, x, where, when)
+        mask = tokens_chosen(model, x, where, when)
+        chunk = model.chunk
+        rows = None if chunk is None or chunk.rows is None else chunk.rows.to(x.device)
         rule = clamp.rule
         if rule.per_row:
             if rows is None:
@@ -302,25 +305,3 @@ def clamping(
                 undo.callback(model.intercept(bank.site, partial(keep, number=number)))
             undo.callback(model.intercept(bank.writes, partial(act, number=number, clamp=clamp)))
         yield sizes
-
-
-def _selected(
-    model: Model, x: Tensor, where: Sequence[Span] | None, when: Tensor | None
-) -> tuple[Bool[Tensor, "row token"], Tensor | None]:
-    """Which tokens of a pass are edited, and which prompts its rows stand for."""
-    chunk = model.chunk
-    if chunk is None:
-        raise ConfigError(
-            "an edit of some tokens or prompts needs to know which they are",
-            "run the model through `logits`, `generate` or `collect`",
-        )
-    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    if where is not None:
-        mask = torch.zeros_like(mask)
-        for span in where:
-            if span in chunk.spans:
-                mask |= chunk.spans[span].to(x.device)
-    rows = None if chunk.rows is None else chunk.rows.to(x.device)
-    if when is not None and rows is not None:
-        mask &= when.to(x.device)[rows].unsqueeze(1)
-    return mask, rows

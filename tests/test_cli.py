@@ -16,6 +16,7 @@ from tiny import tiny_hf, tiny_tokenizer
 from typer.testing import CliRunner
 
 from demur import cli
+from demur.cli.program import ENVIRONMENT
 from demur.errors import DemurError
 
 SETTINGS = (
@@ -440,10 +441,11 @@ def test_a_report_of_no_run_is_refused(tmp_path):
 def test_threads_wait_quietly_unless_the_user_says_otherwise():
     code = (
         "import os; from typer.testing import CliRunner; from demur import cli\n"
+        "from demur.cli import program\n"
         "CliRunner().invoke(cli.app, ['report', '.'])\n"
-        "print(*(os.environ[name] for name in cli._ENVIRONMENT))"
+        "print(*(os.environ[name] for name in program.ENVIRONMENT))"
     )
-    clean = {k: v for k, v in os.environ.items() if k not in cli._ENVIRONMENT}
+    clean = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -56,7 +56,8 @@ def run(model: Model, prompts: Sequence[str], repeats: int) -> dict[str, Any]:
     with_prefix = ratios(interleaved(work, repeats), OURS)
     ours, theirs = _means(model, prompts), hidden_states(model, prompts, positions)
     # The last entry of hidden_states is normed, the stream is not.
-    gap = (ours[:-1] - theirs[:-1].float()).norm() / theirs[:-1].float().norm()
+    theirs = theirs.float().to(ours.device)
+    gap = (ours[:-1] - theirs[:-1]).norm() / theirs[:-1].norm()
 
     def apart() -> None:
         with model.whole_rows():

@@ -1,6 +1,6 @@
 """The same benchmarks on a GPU: `python -m bench.gpu [parts]`; stops where there is none.
 
-It was written without a GPU at hand and has not been run on one.
+It was written without a GPU at hand; its parts have not all been run on one.
 """
 
 from __future__ import annotations

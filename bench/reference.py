@@ -32,7 +32,9 @@ def hidden_states(
     total: Tensor | None = None
     for batch in padded(model, prompts, size):
         out = model.hf(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), output_hidden_states=True
+            input_ids=batch.ids.to(model.device),
+            attention_mask=batch.mask.long().to(model.device),
+            output_hidden_states=True,
         )
         rows = torch.stack([layer[:, list(positions)] for layer in out.hidden_states])
         part = rows.double().sum(1)
@@ -62,7 +64,10 @@ class Sweep:
     def _logits(self, batches: Sequence[TokenBatch]) -> Tensor:
         parts = []
         for batch in batches:
-            out = self.model.hf(input_ids=batch.ids, attention_mask=batch.mask.long())
+            device = self.model.device
+            out = self.model.hf(
+                input_ids=batch.ids.to(device), attention_mask=batch.mask.long().to(device)
+            )
             parts.append(out.logits.double()[:, -1])
         return torch.cat(parts)
 

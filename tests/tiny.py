@@ -8,6 +8,7 @@ parameter is drawn: matrices from N(0, 0.2^2), gains from N(1, 0.3^2), biases fr
 # ruff: noqa: RUF001 (DeepSeek's control tokens are written with a full-width bar)
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -41,6 +42,9 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from demur.models import Family, Model, Template, family_of
 
 torch.set_num_threads(1)  # At this size a second thread costs more than it brings.
+
+# Unit tests compare with what they compute on the CPU, in float64; `cuda` puts models on a GPU.
+DEVICE = os.environ.get("DEMUR_TEST_DEVICE", "cpu")
 
 VOCAB = 384  # Of the models; a tokenizer may fill less of it.
 
@@ -156,7 +160,7 @@ def tiny_hf(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0):
                 mean, spread = (0.0 if path.endswith("bias") else 1.0), 0.3
             drawn = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
             parameter.copy_(mean + spread * drawn)
-    return hf.to(dtype).eval()
+    return hf.to(DEVICE, dtype).eval()
 
 
 def tiny_model(

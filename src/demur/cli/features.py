@@ -253,6 +253,15 @@ def features_find(
     nulls: Annotated[
         int, typer.Option(min=19, help="Random latents behind each candidate, and sets.")
     ] = 99,
+    dosed: Annotated[
+        int, typer.Option(min=8, help="Report prompts of each class that doses are measured on.")
+    ] = 32,
+    others: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Random sets, and directions, beside each dose; under 19 p stays above .05."
+        ),
+    ] = 19,
     generated: Annotated[
         int, typer.Option(min=0, help="Prompts of each class that are replied to; 0 is none.")
     ] = 16,
@@ -327,6 +336,8 @@ def features_find(
                 steps=steps,
                 most=most,
                 nulls=nulls,
+                dosed=dosed,
+                others=others,
                 generated=generated,
                 choices=str(choices) if choices is not None else None,
                 skip=tuple(skip or ()),

@@ -136,9 +136,8 @@ class Rule:
         """The rules of some rows."""
         if not self.per_row:
             return self
-        return Rule(
-            self.times[index], self.plus[index], self.low[index], self.high[index], self.firing
-        )
+        at = index.to(self.times.device)  # Tables stay where they were made.
+        return Rule(self.times[at], self.plus[at], self.low[at], self.high[at], self.firing)
 
 
 def shift(

@@ -2,7 +2,7 @@
 
 Both run in one process on the same prompts, by turns. Clients run in a process of their own.
 `--fuzz` sends bodies drawn from the OpenAPI schema, and malformed ones, and looks for a status of
-500 or above and for memory that grows.
+500 or above, which fails it, and for memory that grows; `--model tiny` is a random one, in seconds.
 """
 
 from __future__ import annotations
@@ -288,14 +288,29 @@ def _all_of(kind: Any) -> list[Any]:
     return list(kind)
 
 
+_REFUSED = {
+    *("frequency_penalty", "presence_penalty", "logit_bias", "tools", "tool_choice", "functions"),
+    *("function_call", "response_format", "modalities", "audio", "prediction", "best_of", "suffix"),
+    *("reasoning_effort", "verbosity", "web_search_options", "stream_options"),
+}
+
+
+def _mended(body: dict[str, Any], name: str, rng: random.Random) -> dict[str, Any]:
+    """A body that may get as far as the model: what is drawn is mostly refused at once."""
+    needed = {"model", "messages", "prompt", "direction"}
+    kept = {k: v for k, v in body.items() if k in needed or rng.random() < 0.4}
+    kept = {k: v for k, v in kept.items() if k not in _REFUSED}
+    kept |= {"direction": "way"} if "direction" in kept else {"model": name}
+    if rng.random() < 0.8 and "messages" in kept:
+        kept["messages"] = [{"role": "user", "content": str(body["messages"])[:300] or "a"}]
+    return kept
+
+
 def _bytes(body: Any, name: str, rng: random.Random) -> bytes:
     if isinstance(body, bytes):
         return body
-    # A model that is not there ends most requests at once.
     if isinstance(body, dict) and rng.random() < 0.7:
-        body = {**body, "model": name} if "model" in body else body
-        if rng.random() < 0.5 and "messages" in body:
-            body["messages"] = [{"role": "user", "content": str(body["messages"])[:300] or "a"}]
+        body = _mended(body, name, rng)
     try:
         raw = json.dumps(body, default=str).encode()
     except (TypeError, ValueError):
@@ -314,34 +329,80 @@ def _memory() -> float:
     return 0.0
 
 
+_EVERY = 100  # Requests between two looks at the memory.
+
+
 def fuzz(app: Any, name: str, *, count: int, rounds: int = 3) -> dict[str, Any]:
     """Send bodies several times over; the first round is for caches to fill."""
     import httpx
 
     bodies = _bodies(app, count, name)
-    memory, statuses = [_memory()], Counter[int]()
+    statuses, memory = Counter[int](), list[tuple[int, float]]()
     worst: list[str] = []
+    sent = 0
     with _served(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=600) as own:
+        before = _memory()
         for _ in range(rounds):
             for path, raw in bodies:
                 reply = own.post(path, content=raw, headers=_JSON)
                 statuses[reply.status_code] += 1
+                sent += 1
                 if reply.status_code >= 500:
                     worst.append(f"{path} {reply.status_code} {raw[:300]!r} {reply.text[:300]}")
-            memory.append(_memory())
+                if sent % _EVERY == 0:
+                    memory.append((sent, _memory()))
+        after = _memory()
+    settled = [one for one in memory if one[0] > len(bodies)]
+    slope = None
+    if len(settled) > 1:
+        slope = 1000 * statistics.linear_regression(*zip(*settled, strict=True)).slope
     return {
         "bodies": len(bodies),
-        "rounds": rounds,
+        "sent": sent,
         "statuses": dict(sorted(statuses.items())),
-        "memory": memory,
+        "before": before,
+        "after": after,
+        "slope": slope,
         "worst": worst,
     }
+
+
+def _fuzzed(model: Model, count: int, *, whole: bool) -> bool:
+    """Fuzz a server of a model and print what came of it; whether nothing failed."""
+    import torch
+
+    from demur.directions import Direction
+    from demur.serve.app import create_app
+    from demur.serve.settings import ServeSettings
+    from demur.sites import Site
+
+    way = Direction.from_vector(
+        torch.ones(model.d_model), site=Site(1, "resid_pre"), position=-1, recipe="bench"
+    )
+    # An anchor that opens on some requests, and requests that may go without it.
+    more: dict[str, Any] = {}
+    if whole:
+        from tests.serve.parts import anchor_of, guard_of
+
+        more = {"guard": guard_of(model, 0.6), "anchor": anchor_of(model, 0.6)}
+    settings = ServeSettings(max_tokens=2, temperature=0, opt_out=whole)
+    app = create_app(model, directions={"way": way}, settings=settings, **more)
+    found = fuzz(app, model.name, count=count)
+    failures = len(found["worst"])
+    told = ", ".join(f"{status}: {times}" for status, times in found["statuses"].items())
+    slope = "" if found["slope"] is None else f", {found['slope']:+.2f} MiB per 1,000 requests"
+    print(f"{model!r}: {found['bodies']} bodies, {found['sent']} requests")
+    print(f"statuses {told}; {failures} of 500 or above")
+    print(f"resident memory {found['before']:.0f} -> {found['after']:.0f} MiB{slope} after round 1")
+    print("\n".join(found["worst"][:20]) or "no reply of 500 or above")
+    print("fail" if failures else "pass")
+    return not failures
 
 
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(prog="bench.serving", description=__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="`tiny` is for `--fuzz` alone")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=64)
@@ -354,6 +415,13 @@ def main() -> None:
     if args.clients_of is not None:
         clients(args.clients_of)
         return
+    if args.model == "tiny":
+        if not args.fuzz:
+            parser.error("`--model tiny` goes with `--fuzz`")
+        from tests.tiny import tiny_model
+
+        # With guard and anchor, which nobody has to fit on a random model.
+        sys.exit(not _fuzzed(tiny_model(), args.bodies, whole=True))
     import torch
 
     from demur.models import load as load_model
@@ -363,21 +431,7 @@ def main() -> None:
     if args.dtype == "bfloat16":
         model = model.twin(torch.bfloat16)
     if args.fuzz:
-        from demur.directions import Direction
-        from demur.serve.app import create_app
-        from demur.serve.settings import ServeSettings
-        from demur.sites import Site
-
-        way = Direction.from_vector(
-            torch.ones(model.d_model), site=Site(1, "resid_pre"), position=-1, recipe="bench"
-        )
-        settings = ServeSettings(max_tokens=2, temperature=0)
-        app = create_app(model, directions={"way": way}, settings=settings)
-        found = fuzz(app, model.name, count=args.bodies)
-        print(f"{found['bodies']} bodies, {found['rounds']} times: {found['statuses']}")
-        print("memory, MiB:", ", ".join(f"{one:.0f}" for one in found["memory"]))
-        print("\n".join(found["worst"][:20]))
-        sys.exit(bool(found["worst"]))
+        sys.exit(not _fuzzed(model, args.bodies, whole=False))
     texts = load_prompts("contrast_pairs?kind=near").texts[: args.prompts]
     _show(load(model, texts, args.tokens, args.clients, args.repeats))
 

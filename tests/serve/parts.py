@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 
 import httpx
+import pytest
 import torch
 from tests.tiny import tiny_model
 
@@ -14,6 +15,7 @@ from demur.anchor import N_REPLY_PLACES, Anchor, Floor, Gate, ReplyRead
 from demur.directions import Direction
 from demur.guard import Fisher, Guard, Rarity, Read, Threshold
 from demur.serve import ServeSettings
+from demur.serve.errors import RequestError
 from demur.sites import Site
 
 SITE = Site(1, "resid_pre")
@@ -91,12 +93,24 @@ class Asked:
 
 
 @contextmanager
-def asked(*args, **options):
-    own = Asked(app_of(*args, **options))
+def asked_of(app):
+    own = Asked(app)
     try:
         yield own
     finally:
         own.engine.close(0)
+
+
+def asked(*args, **options):
+    return asked_of(app_of(*args, **options))
+
+
+@contextmanager
+def refused(status, match=None):
+    """The block ends in an error of that status."""
+    with pytest.raises(RequestError, match=match) as found:
+        yield found
+    assert found.value.status == status
 
 
 def slowed(engine, seconds):

@@ -20,6 +20,7 @@ from demur.anchor import Anchor
 from demur.guard import Guard
 
 pytest.importorskip("fastapi")
+from demur.serve.trace import trace
 
 
 def test_a_reply_is_that_of_generate_and_is_counted():
@@ -80,7 +81,7 @@ def test_a_stream_adds_up_to_the_whole_reply(kind):
         if kind == "chat":
             body["messages"] = [{"role": "user", "content": "a tree"}]
         else:
-            body["prompt"] = ["a tree", "far from here"]
+            body |= {"prompt": ["a tree", "far from here"], "demur": {"template": True}}
         whole = ask("POST", path, json=body).json()
         streamed = ask(
             "POST", path, json={**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -238,7 +239,8 @@ def test_a_stream_that_begins_anew_says_so():
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"stop": ""}, 400, "stop"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -289,11 +291,22 @@ def test_parameters_without_effect_are_taken(shared, body):
 @pytest.mark.parametrize(
     "body",
     [
-        {"prompt": [1, 2]},
-        {"prompt": [[1], [2]]},
         {"prompt": []},
-        {"prompt": "a", "echo": True},
-        {"prompt": "a", "logprobs": 0},
+        {"prompt": ""},
+        {"prompt": [[]]},
+        {"prompt": [384]},
+        {"prompt": [-1]},
+        {"prompt": [0] * 513},
+        {"prompt": "a " * 600},
+        {"prompt": ["a", 1]},
+        {"prompt": "a", "logprobs": 21},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "echo": True, "demur": {"template": True}},
+        {"prompt": [1, 2], "demur": {"template": True}},
+        {
+            "prompt": "a",
+            "demur": {"edits": [{"direction": "w", "kind": "add", "at": "instruction"}]},
+        },
         {"prompt": "a", "best_of": 2},
         {"prompt": "a", "suffix": "b"},
         {"prompt": ["a"] * 9},
@@ -484,6 +497,67 @@ def test_a_trace_holds_the_projections_and_their_null():
         assert ask("POST", "/demur/trace", json={**body, "direction": "x"}).status_code == 400
     with asked(model, directions={"w": way}, trace=False) as ask:
         assert ask("POST", "/demur/trace", json=body).status_code == 403
+
+
+def test_a_trace_shows_what_an_anchor_leaves_and_where_its_gate_opened():
+    model = tiny_model()
+    way, anchor = direction_of(model), anchor_of(model, -100.0, header=True)
+    body = {
+        "messages": [{"role": "user", "content": "the tree"}],
+        "direction": "w",
+        "reply": "a garden is far from here and so on",
+    }
+    with asked(model, anchor=anchor, directions={"w": way}) as ask:
+
+        def traced(**more):
+            found = ask("POST", "/demur/trace", json={**body, **more}).json()
+            return found["anchor"], torch.tensor(found["values"]), found
+
+        state, values, found = traced()
+        off, plain, _ = traced(anchor=False)
+        assert (off["gate"], state["gate"]) == ("none", "open")
+        assert state["opened_at"] == 0
+        sites = [site.layer for site in (one.site for one in anchor.actuators)]
+        spans = [one["span"] for one in found["tokens"]]
+        post = spans.index("post_instruction")
+        assert values.shape == plain.shape
+        assert torch.allclose(values[:, :post], plain[:, :post], atol=1e-4)
+        assert torch.allclose(values[0], plain[0], atol=1e-4)  # Below the first floor.
+        assert (values - plain)[min(sites) :, post:].abs().max() > 0.01
+        # At the floor's site the stream lies where the floor lets it lie.
+        none = traced(edits=[{"kind": "anchor", "strength": -100.0}])
+        assert none[0]["gate"] == "open"
+        assert torch.allclose(none[1], plain, atol=1e-4)
+        long = ask("POST", "/demur/trace", json={**body, "reply": "a tree " * 150})
+        assert (long.status_code, long.json()["error"]["param"]) == (400, "reply")
+
+
+def test_the_gate_of_a_trace_is_that_of_the_reply():
+    model = tiny_model()
+    opened = []
+    for threshold in (0.6, 0.66):
+        anchor = anchor_of(model, threshold, header=True, fresh_turn=False)
+        for prompt in PROMPTS[:4]:
+            with anchor.holding(model) as held:
+                reply = model.generate([prompt], max_new_tokens=20)[0]
+                state = held.traces[0]
+            # The last one of a reply that is cut is written and not read.
+            row = model.encode([prompt], [reply.ids[: None if reply.finished else -1]])
+            found = trace(model, row, direction_of(model), anchor=anchor).gate
+            assert (found.opened_at, found.by) == (state.opened, state.by)
+            assert found.score == pytest.approx(state.score)
+            opened.append(found.opened_at)
+    assert len(set(opened)) > 2  # At once, midway, and never.
+    assert not model._hooks
+
+
+def test_modules_load_where_the_machine_takes_them_for_text(monkeypatch):
+    import mimetypes
+
+    mimetypes.add_type("text/plain", ".js")
+    with asked() as ask:
+        kind = ask("GET", "/main.js").headers["content-type"]
+    assert kind.startswith("text/javascript")
 
 
 def test_runs_are_listed_and_their_reports_run_nothing(tmp_path):

@@ -81,7 +81,11 @@ def test_a_reply(client, model):
     assert [one.id for one in client.models.list()] == ["tiny-llama"]
     assert client.models.retrieve("tiny-llama").owned_by == "demur"
     text = client.completions.create(
-        model="tiny-llama", prompt="a tree", max_tokens=8, temperature=0
+        model="tiny-llama",
+        prompt="a tree",
+        max_tokens=8,
+        temperature=0,
+        extra_body={"demur": {"template": True}},
     )
     assert text.choices[0].text == expected.text
 
@@ -96,9 +100,23 @@ def test_a_stream(client, model):
     assert finish[-1] == ("stop" if expected.finished else "length")
     assert len([one for one in texts if one]) > 3
     parts = client.completions.create(
-        model="tiny-llama", prompt="a tree", max_tokens=30, temperature=0, stream=True
+        model="tiny-llama",
+        prompt="a tree",
+        max_tokens=30,
+        temperature=0,
+        stream=True,
+        extra_body={"demur": {"template": True}},
     )
     assert "".join(one.choices[0].text for one in parts) == expected.text
+
+
+def test_logprobs(client):
+    reply = ask(client, logprobs=True, top_logprobs=3)
+    content = reply.choices[0].logprobs.content
+    assert len(content) == reply.usage.completion_tokens
+    for one in content:
+        assert [one.logprob] == [two.logprob for two in one.top_logprobs[:1]]  # Greedy.
+        assert len(one.top_logprobs) == 3
 
 
 def test_edits_as_an_extra_field(client):
@@ -112,15 +130,18 @@ def test_errors_are_of_the_clients_classes(client, address):
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, temperature=3)
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        ask(client, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+        ask(client, top_logprobs=2)
     with pytest.raises(openai.NotFoundError) as none:
         client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "a"}])
     assert none.value.code == "model_not_found"
     with pytest.raises(openai.PermissionDeniedError):
         ask(client, extra_body={"demur": {"guard": False}})
-    with client_of(address, "wrong") as other, pytest.raises(openai.AuthenticationError):
+    with pytest.raises(openai.PermissionDeniedError, match="raw prompt"):
+        client.completions.create(model="tiny-llama", prompt="a tree")
+    with client_of(address, "wrong") as other, pytest.raises(openai.AuthenticationError) as who:
         ask(other)
+    assert "send the header `Authorization: Bearer KEY`" in str(who.value)
 
 
 def test_many_at_once_get_what_each_gets_alone(client, model):
@@ -223,6 +244,25 @@ def test_stopping_finishes_what_was_accepted():
             thread.join()
     assert [found[i] for i in range(4)] == expected
     assert not app.state.engine.open
+
+
+def test_a_reply_does_not_wait_for_its_headers_to_be_acknowledged(app, address, monkeypatch):
+    import socket
+
+    found = []
+    own = app.state.service.check_model
+
+    def checked(name):
+        for connection in app.state.server.server_state.connections:
+            peer = connection.transport.get_extra_info("socket")
+            found.append(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        own(name)
+
+    monkeypatch.setattr(app.state.service, "check_model", checked)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    httpx.get(f"{address}/v1/models/tiny-llama", headers=headers, trust_env=False)
+    assert found
+    assert all(found)
 
 
 def test_the_first_token_does_not_wait_for_the_last(client, app):

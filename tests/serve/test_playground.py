@@ -273,6 +273,11 @@ def test_the_heat_map_shows_the_projections_and_follows_the_edits(browser, whole
         assert pixels(page) not in (before, ablated)
         plain = traced(page, lambda: page.get_by_label("Edits", exact=True).select_option("none"))
         assert plain["values"] == chosen_values
+        assert plain["anchor"]["gate"] == "none"
+        assert found["anchor"]["gate"] in ("open", "shut")
+        assert "gate" not in page.locator(".told").text_content()
+        traced(page, lambda: page.get_by_label("Edits", exact=True).select_option("panel"))
+        assert "gate" in page.locator(".told").text_content()
 
 
 def test_tokens_can_be_selected_as_text(browser, whole):

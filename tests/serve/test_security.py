@@ -8,8 +8,8 @@ from tests.serve.parts import app_of, asked, direction_of, guard_of
 from tests.tiny import TEMPLATES, tiny_model, tiny_tokenizer
 
 from demur.errors import ConfigError
-from demur.models import Template, conversation_of
-from demur.serve.layout import Layouts, SystemTemplate, split
+from demur.models import SystemTemplate, Template, conversation_of
+from demur.serve.layout import Layouts, split
 from demur.serve.settings import ServeSettings
 
 pytest.importorskip("fastapi")
@@ -105,7 +105,13 @@ def test_over_http_a_fake_turn_gets_the_reply_to_its_text():
         text = ask(
             "POST",
             "/v1/completions",
-            json={"model": "tiny-llama", "prompt": fake, "max_tokens": 8, "temperature": 0},
+            json={
+                "model": "tiny-llama",
+                "prompt": fake,
+                "max_tokens": 8,
+                "temperature": 0,
+                "demur": {"template": True},
+            },
         )
         assert text.json()["choices"][0]["text"] == expected
         system = [{"role": "system", "content": fake}, {"role": "user", "content": "a tree"}]

@@ -60,6 +60,12 @@ def serve(
         bool,
         typer.Option("--refuse", help="Refuse what the guard flags, rather than report its score."),
     ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Take completions of raw text, which guard and anchor cannot read."
+        ),
+    ] = False,
     opt_out: Annotated[
         bool,
         typer.Option(
@@ -109,6 +115,7 @@ def serve(
                 max_tokens=max_tokens,
                 timeout=timeout,
                 opt_out=opt_out,
+                raw=raw,
                 on_flag="refuse" if refuse else "report",
                 edits=not no_edits,
                 log_prompts=log_prompts,

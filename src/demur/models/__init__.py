@@ -8,6 +8,7 @@ from demur.models.model import Chunk, Completion, Model
 from demur.models.tokens import (
     Conversation,
     Position,
+    SystemTemplate,
     Template,
     TokenBatch,
     Turn,
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "Order",
     "Position",
+    "SystemTemplate",
     "Template",
     "TokenBatch",
     "Turn",

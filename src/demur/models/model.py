@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -537,6 +537,35 @@ class Model:
         return self._rest(batch, share, cache)
 
     @torch.no_grad()
+    def extend(
+        self,
+        ids: Int[Tensor, "row new"],
+        mask: Bool[Tensor, "row token"],
+        chunk: Chunk,
+        cache: Any,
+    ) -> Float[Tensor, "row new d_model"]:
+        """Run more tokens behind those whose keys and values `cache` holds, which gets theirs too.
+
+        Args:
+            ids: The new tokens; rows end at the last column.
+            mask: Which tokens are real, of those in the cache and the new ones.
+            chunk: What the new tokens are.
+            cache: What `decoding.buffers` made, or an earlier call filled.
+
+        Returns:
+            Final states of the new tokens, after the norm.
+        """
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self._pass(
+            ids,
+            chunk,
+            attention_mask=None if bool(mask.all()) else mask.long().to(self.device),
+            position_ids=places.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    @torch.no_grad()
     def read(self, batch: TokenBatch) -> None:
         """Run the blocks for the sake of what is set at sites, and no further than the last one."""
         if not self._hooks:
@@ -951,7 +980,7 @@ class _Writer:
         if not share:
             batch = batch.left_padded()
             chunk = Chunk(batch.spans, batch.ends, batch.numbers, is_prefix=False)
-            return self._pass(batch.ids, batch.mask, chunk, cache)
+            return model.extend(batch.ids, batch.mask, chunk, cache)[:, -1]
         model._prefix_pass(batch, share, cache)
         for layer in cache.layers:
             layer.repeat(len(batch))
@@ -967,9 +996,8 @@ class _Writer:
         none = torch.zeros_like(ones)
         spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
         rows = torch.tensor(numbers)
-        return self._pass(
-            ids, mask, Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False), cache
-        )
+        chunk = Chunk(spans, torch.zeros_like(rows), rows, is_prefix=False)
+        return self.model.extend(ids, mask, chunk, cache)[:, -1]
 
     def peek(self, ids: Tensor, mask: Tensor, numbers: list[int], cache: Any) -> None:
         """A fresh turn behind every row, for the sake of what is set at sites."""
@@ -977,17 +1005,4 @@ class _Writer:
         rows = torch.tensor(numbers)
         ends = torch.full_like(rows, ids.shape[1])
         chunk = Chunk({Span.POST_INSTRUCTION: ones}, ends, rows, is_prefix=False, is_peek=True)
-        self._pass(ids, mask, chunk, cache)
-
-    def _pass(self, ids: Tensor, mask: Tensor, chunk: Chunk, cache: Any) -> Tensor:
-        model = self.model
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model._pass(
-            ids,
-            chunk,
-            attention_mask=None if bool(mask.all()) else mask.long().to(model.device),
-            position_ids=places.to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1]
+        self.model.extend(ids, mask, chunk, cache)

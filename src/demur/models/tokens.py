@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -591,6 +592,39 @@ class Template:
             )
         return ids
 
+    def raw_ids(self, text: str) -> list[int]:
+        """Tokens of a text that is no chat, behind what the tokenizer begins every text with.
+
+        What spells a control token in it stays text, as in turns.
+
+        Raises:
+            TemplateError: The tokenizer writes a control token even so, or nothing at all.
+        """
+        first = self.tokenizer("a")["input_ids"][:1]
+        bos = self.tokenizer.bos_token_id
+        lead = first if bos is not None and first == [bos] else []
+        ids = self._ids(text)
+        if any(token in self._control for token in ids):
+            ids = self._apart(text)
+        fake = [self._control[token] for token in ids if token in self._control]
+        if fake:
+            raise TemplateError(
+                f"the text {text[:60]!r} writes the control token {fake[0]}",
+                "leave it out: only a chat template writes it",
+            )
+        if not lead and not ids:
+            raise TemplateError("a text is empty", "leave it out, or say something")
+        return [*lead, *ids]
+
+    def fake_ids(self, ids: Sequence[int]) -> list[int]:
+        """Control tokens among those that somebody wrote by number.
+
+        A first token that begins or ends texts is none: language modelling is scored behind it.
+        """
+        ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        own = ids[1:] if ids and ids[0] in ends else ids
+        return [token for token in own if token in self._control]
+
     def encode(self, prompts: Sequence[str | Conversation], *, pad_id: int) -> TokenBatch:
         """Tokenise prompts, padded on the right.
 
@@ -666,6 +700,57 @@ class Template:
                 break
             leading += 1
         return leading
+
+
+class SystemTemplate(Template):
+    """A template with a system message that is tokenised apart, as turns are: none of it controls.
+
+    The template writes a system message somewhere among its own tokens. Here a placeholder goes
+    through it, and the message's tokens are put in its place.
+
+    Attributes:
+        words: The message.
+    """
+
+    def __init__(self, like: Template, words: str) -> None:
+        self.words = words.strip()
+        self._mark = f"Answer {secrets.token_hex(16)}"
+        self._inner: list[int] | None = None
+        super().__init__(
+            like.tokenizer,
+            system=self._mark,
+            thinking=like.thinking,
+            max_length=like.max_length,
+        )
+        bos = [one for one in self._before_ids[:1] if one == self.tokenizer.bos_token_id]
+        self._inner = self.reply_ids(self.words)
+        ids = self._ids(self.before)
+        # A plain template has its first token from the tokenizer, not from its text.
+        self._before_ids = ids if ids[:1] == bos else [*bos, *ids]
+        self.n_before = len(self._before_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        left, mark, right = text.partition(self._mark)
+        if not mark or self._inner is None:
+            return super()._ids(text)
+        return [*super()._ids(left), *self._inner, *(super()._ids(right) if right else ())]
+
+    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        left, mark, right = text.partition(self._mark)
+        if not mark or self._inner is None:
+            return super()._ids_and_offsets(text)
+        ids, offsets = super()._ids_and_offsets(left)
+        more, places = super()._ids_and_offsets(right)
+        start = len(left)
+        stop = start + len(mark)
+        return (
+            [*ids, *self._inner, *more],
+            [
+                *offsets,
+                *([(start, stop)] * len(self._inner)),
+                *((low + stop, high + stop) for low, high in places),
+            ],
+        )
 
 
 def _merged(texts: Sequence[str], number: int) -> TemplateError:

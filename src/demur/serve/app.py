@@ -3,11 +3,13 @@
 import asyncio
 import json
 import logging
+import mimetypes
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +17,10 @@ from demur.anchor import Anchor
 from demur.directions import Direction
 from demur.errors import DemurError, MissingExtraError
 from demur.guard import Guard
-from demur.models import Model, TokenBatch
-from demur.serve.edits import EDIT_KINDS, Edit, named
+from demur.models import Model
+from demur.serve.edits import EDIT_KINDS, named
 from demur.serve.engine import Event, Reply
-from demur.serve.errors import (
-    BrokenError,
-    ForbiddenError,
-    NotFoundError,
-    UnsupportedError,
-)
+from demur.serve.errors import RequestError, broken, forbidden, not_found
 from demur.serve.http import (
     REPORT_POLICY,
     Door,
@@ -48,9 +45,11 @@ from demur.serve.schema import (
     TraceReply,
     TraceRequest,
 )
+from demur.serve.scores import Score
 from demur.serve.service import Asked, Service, gate_field, headers_of, plain, verdict_field
 from demur.serve.settings import ServeSettings
-from demur.serve.trace import trace
+from demur.serve.trace import Traced, trace
+from demur.sites import Span
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -62,6 +61,7 @@ except ModuleNotFoundError as error:
 
 log = logging.getLogger("demur.serve")
 
+_ANCHORED = 256  # Most tokens of a reply that is read one by one; nobody else is served meanwhile.
 PLAYGROUND = Path(__file__).parent / "playground"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply}
@@ -225,6 +225,8 @@ def create_app(
     _openai_routes(app, service)
     _demur_routes(app, service)
     if (PLAYGROUND / "index.html").is_file():
+        # Browsers run no module that comes as text/plain, which some machines say of `.js`.
+        mimetypes.add_type("text/javascript", ".js")
         app.mount("/", StaticFiles(directory=PLAYGROUND, html=True), name="playground")
     return app
 
@@ -281,7 +283,7 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", response_model=CompletionReply, responses=stream)
     async def completion(body: CompletionRequest, request: Request) -> Response:
-        """Reply to prompts, each laid out as one user message: guard and anchor know no other."""
+        """Go on with texts. Guard and anchor cannot read them: see `demur.template`."""
         _say(service, body)
         asked = await run_in_threadpool(service.completion, body)
         return await _answer(service, asked, request, body, "text")
@@ -329,14 +331,25 @@ async def _answer(
         return Response(status_code=499)
     ordered = [replies[i] for i in range(len(asked.jobs))]
     fields = [service.demur(asked, reply) for reply in ordered]
+
+    def logprobs(index: int) -> dict[str, Any] | None:
+        scores = ordered[index].scores
+        if scores is None:
+            return None
+        if kind == "chat":
+            return service.chat_scores(scores)
+        whole = (*(ordered[index].read or ()), *scores)
+        return service.text_scores(whole, service.offsets(asked.jobs[index]))
+
     choices = []
     for index, (reply, field) in enumerate(zip(ordered, fields, strict=True)):
         choice: dict[str, Any] = {"index": index}
         if kind == "chat":
             choice["message"] = {"role": "assistant", "content": reply.text, "refusal": None}
         else:
-            choice["text"] = reply.text
-        choice |= {"logprobs": None, "finish_reason": reply.finish, "demur": field}
+            choice["text"] = (asked.echoes[index] or "") + reply.text
+        choice["logprobs"] = await run_in_threadpool(logprobs, index)
+        choice |= {"finish_reason": reply.finish, "demur": field}
         choices.append(choice)
     whole = {**head, "choices": choices, "usage": _usage(asked, ordered), "demur": fields[0]}
     return as_json(whole, headers=headers_of(ordered[0].verdict, ordered[0].gate))
@@ -392,24 +405,40 @@ def _streamed(
     more: dict[str, Any] = {"usage": None} if usage else {}
     gates: dict[int, str] = {}
     spoken: set[int] = set()
+    offsets = [service.offsets(job) for job in asked.jobs]
+
+    def logprobs(index: int, scores: Sequence[Score]) -> dict[str, Any] | None:
+        if not scores:
+            return None
+        if kind == "chat":
+            return service.chat_scores(scores)
+        return service.text_scores(scores, offsets[index])
 
     def chunk(
-        index: int, text: str, *, role: bool = False, finish: str | None = None, **extra: Any
+        index: int,
+        text: str,
+        *,
+        role: bool = False,
+        finish: str | None = None,
+        scores: Sequence[Score] = (),
+        **extra: Any,
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}
         if kind == "chat":
             delta = {"role": "assistant"} if role else {}
-            choice["delta"] = {**delta, "content": text} if text or role else delta
+            choice["delta"] = {**delta, "content": text} if text or role or scores else delta
         else:
             choice["text"] = text
-        choice |= {"logprobs": None, "finish_reason": finish}
+        choice |= {"logprobs": logprobs(index, scores), "finish_reason": finish}
         return {**head, "choices": [choice], **more, **extra}
 
     def chunks(event: Event) -> list[dict[str, Any]]:
         if event.kind == "begun":
             gates[event.index] = event.gate.gate
             own = {"guard": verdict_field(event.verdict), "anchor": gate_field(event.gate)}
-            return [chunk(event.index, "", role=True, demur={"index": event.index, **own})]
+            own = {"index": event.index, **own}
+            echo = asked.echoes[event.index] or ""
+            return [chunk(event.index, echo, role=True, scores=event.scores, demur=own)]
         if event.reply is not None:
             own = {"index": event.index, **service.demur(asked, event.reply)}
             return [chunk(event.index, "", finish=event.reply.finish, demur=own)]
@@ -423,7 +452,7 @@ def _streamed(
         if event.kind == "anew" and event.index in spoken:
             text = "\n\n"  # What was said cannot be taken back; what follows stands apart.
         spoken.add(event.index)
-        return [chunk(event.index, text, **extra)]
+        return [chunk(event.index, text, scores=event.scores, **extra)]
 
     def closing(replies: Mapping[int, Reply]) -> list[dict[str, Any]]:
         if not usage:
@@ -489,6 +518,7 @@ def _demur_routes(app: FastAPI, service: Service) -> None:
                         "body_bytes",
                         "temperature",
                         "opt_out",
+                        "raw",
                         "edits",
                         "trace",
                         "client_system",
@@ -505,35 +535,44 @@ def _demur_routes(app: FastAPI, service: Service) -> None:
     async def read(body: TraceRequest) -> Response:
         """Project a conversation on a direction, by token and site."""
         if not settings.trace:
-            raise ForbiddenError("reading is switched off", "ask whoever runs the server")
+            raise forbidden("reading is switched off", "ask whoever runs the server")
 
-        def prepared() -> tuple[TokenBatch, Direction, tuple[Edit, ...], list[str]]:
+        def prepared() -> tuple[Callable[[Model], Traced], Direction, list[str]]:
             system, turns = service.conversation(body.messages)
-            edits, anchor = service.edits_of(body.edits, "edits")
-            if anchor is not None:
-                raise UnsupportedError("an anchor is not read here", "leave it out", param="edits")
+            edits, anchor = service.traced(body)
             try:
                 direction = named(service.directions, body.direction)
             except DemurError as error:
                 raise as_request_error(error, "direction") from error
             row = service.lay_out(system, [turns], "messages", body.reply)[0]
+            reply = row.spans.get(Span.RESPONSE)
+            if anchor is not None and reply is not None and int(reply.sum()) > _ANCHORED:
+                raise RequestError(
+                    f"the reply has {int(reply.sum())} tokens, of {_ANCHORED} that are read under"
+                    " an anchor",
+                    'send less of it, or `"anchor": false`',
+                    param="reply",
+                )
             with engine.tokenizing:
                 texts = [template.tokenizer.decode([one]) for one in row.ids[0].tolist()]
-            return row, direction, edits, texts
+            more: dict[str, Any] = {"null": body.null, "seed": body.seed}
+            work = partial(
+                trace, batch=row, direction=direction, edits=edits, anchor=anchor, **more
+            )
+            return work, direction, texts
 
-        row, direction, edits, texts = await run_in_threadpool(prepared)
-        work = engine.call(
-            lambda own: trace(own, row, direction, edits=edits, null=body.null, seed=body.seed)
-        )
+        own, direction, texts = await run_in_threadpool(prepared)
+        work = engine.call(own)
         try:
             async with asyncio.timeout(settings.timeout):
                 found = await asyncio.wrap_future(work)
         except TimeoutError as error:
-            raise BrokenError("the reading took too long", "try again") from error
+            raise broken("the reading took too long", "try again") from error
         value = {
             "direction": body.direction,
             "site": str(direction.site),
             "norm": direction.norm,
+            "anchor": gate_field(found.gate),
             "tokens": [
                 {"text": text, "span": span, "t_inst": i == found.t_inst}
                 for i, (text, span) in enumerate(zip(texts, found.spans, strict=True))
@@ -560,7 +599,7 @@ def _demur_routes(app: FastAPI, service: Service) -> None:
         """An audit's report, as a page that may run nothing and load nothing."""
         page = await run_in_threadpool(report_of, settings.runs, name)
         if page is None:
-            raise NotFoundError("there is no report of that name", "see /demur/runs")
+            raise not_found("there is no report of that name", "see /demur/runs")
         headers = {"content-security-policy": REPORT_POLICY}
         return Response(page, headers=headers, media_type="text/html; charset=utf-8")
 

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,14 +22,15 @@ from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from demur.anchor import Anchor
+from demur.anchor import Anchor, Holding
 from demur.errors import DemurError, NonFiniteError
 from demur.guard import Guard, Scored
 from demur.models import Chunk, Conversation, Model, TokenBatch
 from demur.models.decoding import Sampling, buffers
 from demur.serve.edits import Edit
-from demur.serve.errors import BrokenError, BusyError, ClosedError, LateError, RequestError
+from demur.serve.errors import RequestError, broken, busy, closing, late
 from demur.serve.rows import Enough, Hold, Sites, check_read, held_by
+from demur.serve.scores import Score, Spelling, scored
 from demur.serve.settings import ServeSettings
 from demur.sites import Span
 
@@ -38,6 +40,7 @@ T = TypeVar("T")
 Finish = Literal["stop", "length", "content_filter"]
 _ADMIT_EVERY = 4  # Tokens between two times that requests join rows that are being written.
 _CALLS = 8  # Most pieces of other work that wait.
+_PLACES = 256  # Whose logits are held at a time while a prompt is scored.
 
 
 # What is asked, and what is told ----------------------------------------------------------------
@@ -49,7 +52,7 @@ class Job:
 
     Attributes:
         prompt: One row, as `Model.encode` lays it out.
-        max_tokens: The reply is cut there.
+        max_tokens: The reply is cut there; 0 only reads the prompt.
         temperature: 0 takes the likeliest token.
         top_p: Tokens are drawn from the likeliest ones that hold this share of probability.
         seed: Of the draws.
@@ -59,6 +62,10 @@ class Job:
         guarded: Whether the guard reads the request.
         anchor: What holds the reply.
         words: Whether the text is wanted as it grows.
+        raw: Whether the prompt is text that no chat template laid out: the reply goes on with it.
+        scores: Of how many of the likeliest tokens log-probabilities are wanted, beside those of
+            the tokens that are written; None for none at all.
+        echo: Whether those of the prompt's tokens are wanted too.
     """
 
     prompt: TokenBatch
@@ -72,6 +79,9 @@ class Job:
     guarded: bool = False
     anchor: Anchor | None = None
     words: bool = False
+    raw: bool = False
+    scores: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,21 @@ class GateState:
     threshold: float | None = None
     begun_anew: int = 0
 
+    @classmethod
+    def of(cls, holding: Holding | None, begun_anew: int = 0) -> GateState:
+        """Of the one row that an anchor holds."""
+        if holding is None or not holding.traces:
+            return cls()
+        trace, gate = holding.traces[0], holding.anchor.gate
+        return cls(
+            "shut" if trace.opened is None else "open",
+            trace.opened,
+            trace.by or None,
+            trace.score,
+            None if gate is None else gate.threshold.value,
+            begun_anew,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -118,6 +143,9 @@ class Reply:
         verdict: Of the guard.
         gate: Of the anchor.
         edits: How often each edit acted, over all sites.
+        scores: Where asked for: of its tokens, and of the one that ended it; None where the reply
+            is not the model's own words.
+        read: Where asked for: of the prompt's tokens.
     """
 
     text: str
@@ -127,6 +155,8 @@ class Reply:
     verdict: Verdict | None
     gate: GateState
     edits: tuple[int, ...]
+    scores: tuple[Score, ...] | None = None
+    read: tuple[Score, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +170,7 @@ class Event:
         text: What was written since the last event.
         verdict: From "begun" on.
         gate: The same.
+        scores: Of tokens whose text was written since the last event; of "begun", of the prompt's.
         reply: Of "done".
         error: Of "failed".
     """
@@ -149,6 +180,7 @@ class Event:
     text: str = ""
     verdict: Verdict | None = None
     gate: GateState = GateState()
+    scores: tuple[Score, ...] = ()
     reply: Reply | None = None
     error: RequestError | None = None
 
@@ -199,10 +231,15 @@ class _Row:
     came: float
     deadline: float
     ids: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)  # Characters in front of each of them.
+    read: tuple[Score, ...] | None = None
     forced: list[int] = field(default_factory=list)
     begun_anew: int = 0
     steps: int = 0
     sent: int = 0  # Characters.
+    seen: int = 0  # Characters that are to be seen so far.
+    told: int = 0  # Scores.
     begun: bool = False
     over: bool = False
     cancelled: bool = False
@@ -283,6 +320,7 @@ class Engine:
         guard: Reads requests.
         tokenizing: To be held by whoever uses the tokenizer: it is not made for several threads,
             and how it takes control tokens is a switch that all of them share.
+        spelling: Texts of single tokens; wants `tokenizing` held as well.
     """
 
     def __init__(
@@ -310,6 +348,7 @@ class Engine:
         template = model.template
         assert template is not None
         self._stops = frozenset(model.stop_ids)
+        self.spelling = Spelling(template.tokenizer)
         # Where the template opens the thinking block, a reply begins inside of it.
         self._thinking = template.after.rpartition("</think>")[2].count("<think>") > 0
 
@@ -350,17 +389,17 @@ class Engine:
         """Take jobs, all or none.
 
         Raises:
-            BusyError: Too many wait.
-            ClosedError: The engine is stopping.
+            RequestError: Too many wait.
+            RequestError: The engine is stopping.
         """
         now = time.monotonic()
         with self._wake:
             if not self.open:
-                raise ClosedError("the server is stopping", "try again in a moment", retry_after=5)
+                raise closing("the server is stopping", "try again in a moment", retry_after=5)
             over = len(self._waiting) + len(jobs) - self.settings.queue
             if over > 0:
                 seconds = self._seconds_until(over)
-                raise BusyError(
+                raise busy(
                     f"{len(self._waiting)} replies wait, of {self.settings.queue} that may",
                     f"try again in {seconds} s",
                     code="rate_limit_exceeded",
@@ -390,15 +429,15 @@ class Engine:
         """Have the engine's thread do something else with the model, between two tokens.
 
         Raises:
-            BusyError: Too much waits.
-            ClosedError: The engine is stopping.
+            RequestError: Too much waits.
+            RequestError: The engine is stopping.
         """
         future: Future[T] = Future()
         with self._wake:
             if not self.open:
-                raise ClosedError("the server is stopping", "try again in a moment", retry_after=5)
+                raise closing("the server is stopping", "try again in a moment", retry_after=5)
             if len(self._calls) >= _CALLS:
-                raise BusyError(
+                raise busy(
                     f"{_CALLS} readings wait already",
                     "try again in a moment",
                     code="rate_limit_exceeded",
@@ -467,7 +506,7 @@ class Engine:
                 pass
         finally:
             self._sites.clear()
-            self._fail_all(ClosedError("the server is stopping", "try again in a moment"))
+            self._fail_all(closing("the server is stopping", "try again in a moment"))
 
     def _turn(self) -> bool:
         """Do one thing; False once there is nothing more to do."""
@@ -520,7 +559,7 @@ class Engine:
                 took = f"{self.settings.timeout:g} s"
                 self._fail(
                     row,
-                    LateError(
+                    late(
                         f"the reply was not done within {took}",
                         "ask for fewer tokens, or try again when fewer requests wait",
                         code="timeout",
@@ -643,7 +682,7 @@ class Engine:
             self._sites.guard_only = True
             try:
                 with suppress(Enough):
-                    self._pass(some.ids, some.mask, _chunk(some), buffers())
+                    self.model.extend(some.ids, some.mask, _chunk(some), buffers())
             finally:
                 self._sites.guard_only = False
         cache = buffers()
@@ -654,38 +693,34 @@ class Engine:
             post = whole.spans[Span.POST_INSTRUCTION]
             cut = int(post.any(0).int().argmax())
             head = _columns(whole, slice(0, cut))
-            self._pass(head.ids, head.mask, _chunk(head), cache)
+            self.model.extend(head.ids, head.mask, _chunk(head), cache)
             tail = _columns(whole, slice(cut, width))
-            states = self._pass(tail.ids, whole.mask, _chunk(tail), cache)
+            states = self.model.extend(tail.ids, whole.mask, _chunk(tail), cache)
         else:
-            states = self._pass(whole.ids, whole.mask, _chunk(whole), cache)
-        for row in rows:
+            states = self.model.extend(whole.ids, whole.mask, _chunk(whole), cache)
+        for i, row in enumerate(rows):
             if row.hold.failed is None:
                 try:
                     check_read(row.hold)
+                    if row.job.echo and row.job.scores is not None and row.read is None:
+                        row.read = self._scored(row, states[i])
                 except DemurError as error:
                     row.hold.failed = error
         self._sites.forget()  # The guard has read these.
         last = torch.zeros(len(rows), dtype=torch.long)
-        return _Batch(cache, rows, whole.mask, last), states
+        return _Batch(cache, rows, whole.mask, last), states[:, -1]
 
-    def _pass(self, ids: Tensor, mask: Tensor, chunk: Chunk, cache: Any) -> Tensor:
-        """States behind the last token of each row; `mask` holds for all columns so far."""
-        model = self.model
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        model.chunk = chunk
-        model.runs += 1
-        try:
-            out = model.hf.base_model(
-                input_ids=ids.to(model.device),
-                attention_mask=None if bool(mask.all()) else mask.long().to(model.device),
-                position_ids=places.to(model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            model.chunk = None
-        return out.last_hidden_state[:, -1]
+    def _scored(self, row: _Row, states: Tensor) -> tuple[Score, ...]:
+        """Of a prompt's tokens; `states` are the row's, (token, d_model), padding in front."""
+        assert row.job.scores is not None
+        ids = row.job.prompt.ids[0].tolist()
+        front = len(states) - len(ids) - len(row.ids)
+        found = [Score(ids[0], None)]
+        for at in range(1, len(ids), _PLACES):
+            tokens = ids[at : at + _PLACES]
+            own = states[front + at - 1 : front + at - 1 + len(tokens)]
+            found += scored(self.model.unembed(own), tokens, row.job.scores)
+        return tuple(found)
 
     # A token --------------------------------------------------------------------------------------
 
@@ -703,7 +738,8 @@ class Engine:
             spans = {Span.INSTRUCTION: none, Span.POST_INSTRUCTION: none, Span.RESPONSE: ones}
             numbers = torch.tensor([row.hold.number for row in batch.rows])
             chunk = Chunk(spans, torch.zeros_like(numbers), numbers, is_prefix=False)
-            states = self._pass(batch.last.unsqueeze(1), batch.mask, chunk, batch.cache)
+            last = batch.last.unsqueeze(1)
+            states = self.model.extend(last, batch.mask, chunk, batch.cache)[:, -1]
             for row in batch.rows:
                 row.steps += 1
             self._write(batch, states)
@@ -760,7 +796,7 @@ class Engine:
             row.hold.peeking = True
         try:
             chunk = Chunk(spans, ends, numbers, is_prefix=False, is_peek=True)
-            self._pass(ids, mask, chunk, batch.cache)
+            self.model.extend(ids, mask, chunk, batch.cache)
         finally:
             for row in due:
                 row.hold.peeking = False
@@ -795,22 +831,20 @@ class Engine:
         first = not row.begun
         if first:
             self._begin(row)
+            if not row.over and not job.max_tokens:
+                self._finish(row, "length")
             if row.over:
                 return likeliest
         token = likeliest if job.temperature == 0 else _drawn(job, logits, len(row.ids))
         if holding is not None and not row.forced:
-            for order in holding.orders([row.hold.number]).values():
-                row.ids = []
-                if order.ends:
-                    row.ids = list(order.ids)
-                    self._finish(row, "stop")
-                    return token
-                row.forced = list(order.ids)
-                row.begun_anew += 1
-                row.sent = 0
-                self._tell(row, Event(row.index, "anew", gate=_gate(row)))
+            self._order(row, holding)
+            if row.over:
+                return token
         if row.forced:
             return row.forced.pop(0)
+        if job.scores is not None:
+            row.scores += scored(logits, [token], job.scores)
+            row.begins.append(row.seen)
         if token in self._stops:
             self._finish(row, "stop")
             return token
@@ -818,7 +852,8 @@ class Engine:
         full = len(row.ids) >= job.max_tokens
         text = ""
         if job.words or job.stops:
-            text = self._text(row.ids, whole=full)
+            text = self._text(row, whole=full)
+            row.seen = len(text.rstrip("\ufffd"))
             at = min((at for stop in job.stops if (at := text.find(stop)) >= 0), default=None)
             if at is not None:
                 self._finish(row, "stop", text[:at])
@@ -829,21 +864,38 @@ class Engine:
             self._send(row, text[: len(text) - _held_back(text, job.stops)])
         return token
 
+    def _order(self, row: _Row, holding: Holding) -> None:
+        """Carry out what an anchor orders whose gate has just opened."""
+        for order in holding.orders([row.hold.number]).values():
+            row.ids, row.scores, row.begins = [], [], []
+            row.seen = row.told = 0
+            if order.ends:
+                row.ids = list(order.ids)
+                self._finish(row, "stop", own=False)
+                return
+            row.forced = list(order.ids)
+            row.begun_anew += 1
+            row.sent = 0
+            self._tell(row, Event(row.index, "anew", gate=_gate(row)))
+
     def _begin(self, row: _Row) -> None:
         row.begun = True
         seconds = time.monotonic() - row.came
         self._observer.began(row.job.prompt.ids.shape[1], seconds)
         verdict, gate = self._verdict(row), _gate(row)
-        self._tell(row, Event(row.index, "begun", verdict=verdict, gate=gate))
+        scores = row.read or ()
+        self._tell(row, Event(row.index, "begun", verdict=verdict, gate=gate, scores=scores))
         if verdict is not None and verdict.flagged and self.settings.on_flag == "refuse":
-            self._finish(row, "content_filter", self.settings.refusal)
+            self._finish(row, "content_filter", self.settings.refusal, own=False)
 
-    def _text(self, ids: Sequence[int], *, whole: bool) -> str:
+    def _text(self, row: _Row, *, whole: bool) -> str:
         """What is to be seen of a reply so far; all of it once it is whole."""
         template = self.model.template
         assert template is not None
         with self.tokenizing:
-            text = template.tokenizer.decode(ids, skip_special_tokens=True)
+            if row.job.raw:
+                return self.spelling.behind(row.job.prompt.ids[0].tolist(), row.ids)
+            text = template.tokenizer.decode(row.ids, skip_special_tokens=True)
         lead = text.lstrip()
         thinks = self._thinking or lead.startswith("<think>")
         if "</think>" in text and thinks:
@@ -857,14 +909,21 @@ class Engine:
         text = text.rstrip("\ufffd")
         if len(text) > row.sent:
             delta, row.sent = text[row.sent :], len(text)
-            self._tell(row, Event(row.index, "text", text=delta, gate=_gate(row)))
+            upto = bisect_left(row.begins, row.sent)
+            scores, row.told = tuple(row.scores[row.told : upto]), max(row.told, upto)
+            self._tell(row, Event(row.index, "text", text=delta, gate=_gate(row), scores=scores))
 
-    def _finish(self, row: _Row, finish: Finish, text: str | None = None) -> None:
+    def _finish(
+        self, row: _Row, finish: Finish, text: str | None = None, *, own: bool = True
+    ) -> None:
+        """End a reply, whose words are the model's `own` or not."""
         if text is None:
-            text = self._text(row.ids, whole=True)
-        if row.job.words and len(text) > row.sent:
-            gate = _gate(row)
-            self._tell(row, Event(row.index, "text", text=text[row.sent :], gate=gate))
+            text = self._text(row, whole=True)
+        elif own:  # Cut in front of a stop string.
+            del row.scores[bisect_left(row.begins, len(text)) :]
+        if row.job.words and (len(text) > row.sent or len(row.scores) > row.told):
+            delta, scores = text[row.sent :], tuple(row.scores[row.told :])
+            self._tell(row, Event(row.index, "text", text=delta, gate=_gate(row), scores=scores))
         verdict, gate = self._verdict(row), _gate(row)
         reply = Reply(
             text,
@@ -874,6 +933,8 @@ class Engine:
             verdict,
             gate,
             tuple(counts.total() for counts in row.hold.counts),
+            tuple(row.scores) if own and row.job.scores is not None else None,
+            row.read,
         )
         row.over = True
         self._ends.append(time.monotonic())
@@ -912,26 +973,15 @@ class Engine:
 
 
 def _gate(row: _Row) -> GateState:
-    holding = row.hold.holding
-    if holding is None or not holding.traces:
-        return GateState()
-    trace, gate = holding.traces[0], holding.anchor.gate
-    return GateState(
-        "shut" if trace.opened is None else "open",
-        trace.opened,
-        trace.by or None,
-        trace.score,
-        None if gate is None else gate.threshold.value,
-        row.begun_anew,
-    )
+    return GateState.of(row.hold.holding, row.begun_anew)
 
 
 def _broken(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, DemurError):
-        return BrokenError(error.fact, error.hint, code=type(error).__name__)
-    return BrokenError(
+        return broken(error.fact, error.hint, code=type(error).__name__)
+    return broken(
         f"the reply could not be written ({type(error).__name__})",
         "try again; if it happens again, report it with the request",
         code="internal_error",

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from demur.errors import DemurError
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class RequestError(DemurError):
@@ -10,82 +19,36 @@ class RequestError(DemurError):
 
     Attributes:
         status: Of HTTP.
-        kind: `type` of OpenAI's error object.
-        code: `code` of the same.
+        code: `code` of OpenAI's error object.
         param: The parameter at fault.
         retry_after: Seconds after which another try may fare better.
     """
-
-    status = 400
-    kind = "invalid_request_error"
 
     def __init__(
         self,
         fact: str,
         hint: str,
         *,
+        status: int = 400,
         code: str | None = None,
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
         super().__init__(fact, hint)
-        self.code, self.param, self.retry_after = code, param, retry_after
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    @property
+    def kind(self) -> str:
+        """`type` of OpenAI's error object."""
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        return _KINDS.get(self.status, usual)
 
 
-class UnsupportedError(RequestError):
-    """A parameter of OpenAI's that has no meaning here."""
-
-
-class AuthError(RequestError):
-    """No key, or a wrong one."""
-
-    status = 401
-    kind = "authentication_error"
-
-
-class ForbiddenError(RequestError):
-    """Something that whoever runs the server does not allow."""
-
-    status = 403
-    kind = "permission_error"
-
-
-class NotFoundError(RequestError):
-    """There is no such thing."""
-
-    status = 404
-    kind = "not_found_error"
-
-
-class TooLargeError(RequestError):
-    """The request's body is too large."""
-
-    status = 413
-
-
-class BusyError(RequestError):
-    """Too many requests wait."""
-
-    status = 429
-    kind = "rate_limit_error"
-
-
-class BrokenError(RequestError):
-    """Something went wrong in here, and what was written is not handed out."""
-
-    status = 500
-    kind = "server_error"
-
-
-class ClosedError(RequestError):
-    """The server is stopping."""
-
-    status = 503
-    kind = "server_error"
-
-
-class LateError(RequestError):
-    """A reply took longer than it may."""
-
-    status = 504
-    kind = "server_error"
+unauthorised = partial(RequestError, status=401)  # No key, or a wrong one.
+forbidden = partial(RequestError, status=403)  # Whoever runs the server does not allow it.
+not_found = partial(RequestError, status=404)
+too_large = partial(RequestError, status=413)  # The body of the request.
+busy = partial(RequestError, status=429)  # Too many requests wait.
+broken = partial(RequestError, status=500)  # What was written is not handed out.
+closing = partial(RequestError, status=503)  # The server is stopping.
+late = partial(RequestError, status=504)  # A reply took longer than it may.

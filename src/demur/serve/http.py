@@ -13,14 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from demur.errors import DemurError, MissingExtraError
-from demur.serve.errors import (
-    AuthError,
-    BrokenError,
-    BusyError,
-    ForbiddenError,
-    RequestError,
-    TooLargeError,
-)
+from demur.serve.errors import RequestError, broken, busy, forbidden, too_large, unauthorised
 from demur.serve.metrics import Metrics
 from demur.serve.settings import ServeSettings
 
@@ -84,7 +77,7 @@ def error_reply(error: RequestError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if error.status == AuthError.status:
+    if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return as_json(error_body(error), error.status, headers)
 
@@ -137,7 +130,7 @@ def handle_errors(app: FastAPI) -> None:
     async def known(_request: Request, error: Exception) -> Response:
         assert isinstance(error, DemurError)
         if not isinstance(error, RequestError):
-            error = BrokenError(error.fact, error.hint, code=type(error).__name__)
+            error = broken(error.fact, error.hint, code=type(error).__name__)
         return error_reply(error)
 
     async def plain(request: Request, error: Exception) -> Response:
@@ -208,8 +201,8 @@ class Door:
                 exc_info=error if self.settings.log_prompts else None,
             )
             if not status:
-                broken = BrokenError("something went wrong", "try again", code="internal_error")
-                await error_reply(broken)(scope, receive, sending)
+                failed = broken("something went wrong", "try again", code="internal_error")
+                await error_reply(failed)(scope, receive, sending)
         finally:
             self._inside -= 1
             route = getattr(scope.get("route"), "path", None) or "other"
@@ -219,7 +212,7 @@ class Door:
 
     def _check(self, scope: Scope) -> None:
         if self._inside > self.settings.requests:
-            raise BusyError("too many requests at a time", "try again in a moment", retry_after=1)
+            raise busy("too many requests at a time", "try again in a moment", retry_after=1)
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1").lower()
         hosts = self.settings.hosts
@@ -229,9 +222,9 @@ class Door:
             )
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
-            raise ForbiddenError("a page from elsewhere may not ask", "open the page that is here")
+            raise forbidden("a page from elsewhere may not ask", "open the page that is here")
         if headers.get(b"sec-fetch-site") == b"cross-site":
-            raise ForbiddenError("a page from elsewhere may not ask", "open the page that is here")
+            raise forbidden("a page from elsewhere may not ask", "open the page that is here")
         path = scope["path"]
         keyed = any(path == one or path.startswith(f"{one}/") for one in _KEYED)
         if self.settings.key is not None and keyed:
@@ -245,22 +238,22 @@ class Door:
 
     def _check_key(self, given: bytes) -> None:
         assert self.settings.key is not None
-        hint = "send it as `Authorization: Bearer KEY`"
+        hint = "send the header `Authorization: Bearer KEY`, with the key that the server was given"
         scheme, _, key = given.partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
-            raise AuthError("You didn't provide an API key", hint)
+            raise unauthorised("You didn't provide an API key", hint)
         if not hmac.compare_digest(key.strip(), self.settings.key.encode()):
-            raise AuthError("Incorrect API key provided", hint, code="invalid_api_key")
+            raise unauthorised("Incorrect API key provided", hint, code="invalid_api_key")
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """The whole body, once it is known to be small enough."""
         limit = self.settings.body_bytes
-        too_large = TooLargeError(
+        refused = too_large(
             f"the request is larger than {limit} bytes", "send less", code="request_too_large"
         )
         for name, value in scope["headers"]:
             if name.lower() == b"content-length" and value.isdigit() and int(value) > limit:
-                raise too_large
+                raise refused
         body, more = b"", True
         parts = []
         try:
@@ -273,7 +266,7 @@ class Door:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
-                        raise too_large
+                        raise refused
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise RequestError("the request did not arrive in time", "send it again") from error

@@ -1,69 +1,15 @@
-"""Chat templates with a client's own system message, of which no token is the template's.
-
-A system message goes through the template, which writes it somewhere among its own tokens. Here a
-placeholder goes through instead, and the message's tokens are put in its place: what spells a
-control token in it stays text.
-"""
+"""Chat templates with a client's own system message, of which no token is the template's."""
 
 from __future__ import annotations
 
-import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from demur.errors import TemplateError
-from demur.models import Conversation, Model, Template, conversation_of
+from demur.models import Conversation, Model, SystemTemplate, Template, conversation_of
 
 _KEPT = 32  # Templates with a system message; each renders a dozen dummies once.
-
-
-class SystemTemplate(Template):
-    """A template with a system message that is tokenised apart, as turns are.
-
-    Attributes:
-        words: The message.
-    """
-
-    def __init__(self, like: Template, words: str) -> None:
-        self.words = words.strip()
-        self._mark = f"Answer {secrets.token_hex(16)}"
-        self._inner: list[int] | None = None
-        super().__init__(
-            like.tokenizer,
-            system=self._mark,
-            thinking=like.thinking,
-            max_length=like.max_length,
-        )
-        bos = [one for one in self._before_ids[:1] if one == self.tokenizer.bos_token_id]
-        self._inner = self.reply_ids(self.words)
-        ids = self._ids(self.before)
-        # A plain template has its first token from the tokenizer, not from its text.
-        self._before_ids = ids if ids[:1] == bos else [*bos, *ids]
-        self.n_before = len(self._before_ids)
-
-    def _ids(self, text: str) -> list[int]:
-        left, mark, right = text.partition(self._mark)
-        if not mark or self._inner is None:
-            return super()._ids(text)
-        return [*super()._ids(left), *self._inner, *(super()._ids(right) if right else ())]
-
-    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        left, mark, right = text.partition(self._mark)
-        if not mark or self._inner is None:
-            return super()._ids_and_offsets(text)
-        ids, offsets = super()._ids_and_offsets(left)
-        more, places = super()._ids_and_offsets(right)
-        start = len(left)
-        stop = start + len(mark)
-        return (
-            [*ids, *self._inner, *more],
-            [
-                *offsets,
-                *([(start, stop)] * len(self._inner)),
-                *((low + stop, high + stop) for low, high in places),
-            ],
-        )
 
 
 class Layouts:

@@ -82,6 +82,9 @@ def serve(
             raise ConfigError(
                 f"{host}:{port} cannot be bound: {error.strerror}", "choose another `--port`"
             ) from error
+    # Connections inherit it. Without, the body of a reply waits for the client to acknowledge its
+    # headers: 44 ms a request, not 4.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -9,6 +9,8 @@ from demur.serve.trace import Null, SpanName
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=1 << 20)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+MOST_SCORES = 20  # Likeliest tokens that are told beside each.
 
 
 class _Request(BaseModel):
@@ -43,6 +45,15 @@ class DemurRequest(_Request):
     trace: bool = Field(default=False, description="Also return the reply's token ids.")
 
 
+class CompletionDemurRequest(DemurRequest):
+    """The same of completions."""
+
+    template: bool = Field(
+        default=False,
+        description="Lay each prompt out as one user message, which guard and anchor can read.",
+    )
+
+
 class StreamOptions(_Request):
     """Of a streamed reply."""
 
@@ -75,7 +86,6 @@ class _Common(_Request):
     """
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -83,7 +93,6 @@ class _Common(_Request):
     stop: str | tuple[str, ...] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    demur: DemurRequest | None = None
     # Without effect on the text.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -102,11 +111,13 @@ class ChatRequest(_Common):
     """`POST /v1/chat/completions`."""
 
     messages: tuple[Message, ...]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_SCORES)] | None = None
+    demur: DemurRequest | None = None
     parallel_tool_calls: bool | None = None
     # Not supported.
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
     tools: tuple[Any, ...] | None = None
     tool_choice: Any = None
     functions: tuple[Any, ...] | None = None
@@ -121,12 +132,20 @@ class ChatRequest(_Common):
 
 
 class CompletionRequest(_Common):
-    """`POST /v1/completions`. Each prompt is laid out as one user message."""
+    """`POST /v1/completions`. Prompts are text as it stands; no chat template lays them out.
 
-    prompt: _Text | tuple[_Text, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
-    # Not supported.
-    logprobs: int | None = None
+    A prompt is text or token ids. Text that spells a control token stays text, and ids of control
+    tokens are refused, but for a first one that begins or ends texts.
+    """
+
+    prompt: _Text | tuple[_Text, ...] | tuple[_Token, ...] | tuple[tuple[_Token, ...], ...]
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="16 where left out; 0, with `echo`, only scores the prompt."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MOST_SCORES)] | None = None
     echo: bool | None = None
+    demur: CompletionDemurRequest | None = None
+    # Not supported.
     best_of: int | None = None
     suffix: str | None = None
 
@@ -138,6 +157,10 @@ class TraceRequest(_Request):
     reply: _Text | None = None
     direction: str
     edits: tuple[EditRequest, ...] = ()
+    anchor: bool | None = Field(
+        default=None,
+        description="Whether the anchor acts while the row is read; it does if left out.",
+    )
     null: Null = "covariance"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -200,6 +223,10 @@ class DemurReply(BaseModel):
     edits: list[EditReply] = []
     seed: int | None = Field(default=None, description="Of the draws; None of a greedy reply.")
     ids: list[int] | None = None
+    template: bool = Field(
+        default=True,
+        description="Whether the chat template laid the prompt out; a raw one is not guarded.",
+    )
 
 
 class Usage(BaseModel):
@@ -218,12 +245,51 @@ class ReplyMessage(BaseModel):
     refusal: str | None = None
 
 
+class TopLogprob(BaseModel):
+    """A token and the logarithm of its probability.
+
+    A part of a character is spelled as the vocabulary does, and has no bytes.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    """The same of a token that was written, with the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of all tokens that were written, those of thinking that the text leaves out too.
+
+    By the softmax of the logits, whatever the temperature.
+    """
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    """The same of completions: side by side, with `echo` from the prompt's first token on.
+
+    That one has none. The token that ended a text is among them, and no part of the text.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class ChatChoice(BaseModel):
     """One of the replies."""
 
     index: int
     message: ReplyMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length", "content_filter"]
     demur: DemurReply
 
@@ -246,7 +312,7 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: Literal["stop", "length", "content_filter"]
     demur: DemurReply
 
@@ -309,6 +375,9 @@ class TraceReply(BaseModel):
     direction: str
     site: str
     norm: float
+    anchor: AnchorReply = Field(
+        description="Its gate; `opened_at` counts tokens of the reply that was given."
+    )
     tokens: list[TokenReply]
     sites: list[str]
     values: list[list[float]]

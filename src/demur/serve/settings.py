@@ -30,6 +30,8 @@ class ServeSettings(BaseModel):
         body_seconds: Seconds that a request's body may take to arrive.
         temperature: Of requests that name none; OpenAI's is 1.
         opt_out: Whether a request may go without the guard and the anchor, or with a weaker anchor.
+        raw: Whether prompts without a chat template are taken even though a guard or an anchor is
+            loaded: these read and act at the template's positions, so such a prompt goes without.
         edits: Whether a request may edit the loaded directions.
         trace: Whether a request may read activations.
         client_system: Whether clients may send system messages. The guard reads what users say,
@@ -61,6 +63,7 @@ class ServeSettings(BaseModel):
     body_seconds: float = Field(default=30.0, gt=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     opt_out: bool = False
+    raw: bool = False
     edits: bool = True
     trace: bool = True
     client_system: bool = True

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from demur.activations import reading
+from demur.anchor import Anchor, Holding
 from demur.directions import Direction
 from demur.errors import NonFiniteError
 from demur.interventions import Intervention
-from demur.models import Model, TokenBatch
+from demur.models import Chunk, Model, TokenBatch
+from demur.models.decoding import buffers
 from demur.serve.edits import Edit
+from demur.serve.engine import GateState
 from demur.sites import Span
 
 Null = Literal["covariance", "isotropic"]
@@ -39,6 +44,8 @@ class Traced:
         t_inst: Which token is the last of the instruction.
         sites: Names of the sites, from the embedding up.
         values: In residual-stream units.
+        gate: Of the anchor, if one acted; a reply that was given goes on where a served one would
+            be begun anew.
         low: By site, the 5th percentile of what random directions of norm 1 give on the same
             tokens; `high` the 95th.
     """
@@ -47,6 +54,7 @@ class Traced:
     t_inst: int
     sites: tuple[str, ...]
     values: Float[Tensor, "site token"]
+    gate: GateState
     low: Float[Tensor, " site"]
     high: Float[Tensor, " site"]
 
@@ -57,16 +65,18 @@ def trace(
     direction: Direction,
     *,
     edits: Sequence[Edit] = (),
+    anchor: Anchor | None = None,
     null: Null = "covariance",
     seed: int = 0,
 ) -> Traced:
-    """Project the stream of one row on a direction, at every block boundary, under edits.
+    """Project the stream of one row on a direction, at every block boundary, as edits leave it.
 
     Args:
         model: The model.
         batch: One row.
         direction: Of the model's width.
         edits: In force while the row is read.
+        anchor: Acts too, behind the edits. Then a reply is read token by token, as one is written.
         null: How random directions are drawn: like the row's own variation around its mean, or
             alike in all directions.
         seed: Of the draws.
@@ -75,17 +85,24 @@ def trace(
         NonFiniteError: Activations hold NaN or infinity.
     """
     sites = model.stream_sites
-    undo = []
-    try:
+    held: Holding | None = None
+    with ExitStack() as undo:
         for edit in edits:
             for site, act in edit.acts(model):
-                undo.append(model.intercept(site, partial(_edited, model, act, edit.span)))
-        with reading(model, sites) as held:
+                undo.callback(model.intercept(site, partial(_edited, model, act, edit.span)))
+        if anchor is not None:
+            held = undo.enter_context(anchor.holding(model))
+        read = undo.enter_context(reading(model, sites))  # Set last: as all others leave it.
+        if held is None:
             model.final_states(batch)
-    finally:
-        for one in undo:
-            one()
-    rows = torch.stack([held[site][0].double().cpu() for site in sites])
+            parts = [torch.stack([read[site][0].double().cpu() for site in sites])]
+        else:
+            parts = [
+                torch.stack([read[site][0].double().cpu() for site in sites])
+                for _ in _as_written(model, batch, held)
+            ]
+        gate = GateState.of(held)
+    rows = torch.cat(parts, dim=1)
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError(
             "activations hold NaN or infinity",
@@ -99,7 +116,36 @@ def trace(
             for at in batch.spans[span][0].nonzero().flatten().tolist():
                 spans[at] = name
     last = int(batch.spans[Span.INSTRUCTION][0].nonzero().max())
-    return Traced(tuple(spans), last, tuple(map(str, sites)), rows @ unit, low, high)
+    return Traced(tuple(spans), last, tuple(map(str, sites)), rows @ unit, gate, low, high)
+
+
+def _as_written(model: Model, batch: TokenBatch, held: Holding) -> Iterator[None]:
+    """Read a row as it is served: instruction, template, and each token of the reply."""
+    assert model.template is not None
+    cache: Any = buffers()
+    header = torch.tensor([model.template.post_ids])
+    post = int(batch.spans[Span.POST_INSTRUCTION][0].int().argmax())
+    width = batch.ids.shape[1]
+    reply = post + model.template.n_post
+    for low, high in pairwise([0, post, *range(reply, width + 1)]):
+        token, every = low - reply, held.header_every
+        if every is not None and token >= 0 and token % every == every - 1:
+            ids = torch.cat([batch.ids[:, low:high], header], dim=1)
+            mask = torch.ones(1, low + ids.shape[1], dtype=torch.bool)
+            spans = {Span.POST_INSTRUCTION: torch.ones(ids.shape, dtype=torch.bool)}
+            chunk = _chunk(spans, ids.shape[1], is_peek=True)
+            model.extend(ids, mask, chunk, cache)
+            for layer in cache.layers:
+                layer.drop(ids.shape[1])
+        spans = {name: span[:, low:high] for name, span in batch.spans.items()}
+        chunk = _chunk(spans, high - low)
+        model.extend(batch.ids[:, low:high], batch.mask[:, :high], chunk, cache)
+        yield
+
+
+def _chunk(spans: dict[Span, Tensor], width: int, *, is_peek: bool = False) -> Chunk:
+    row = torch.zeros(1, dtype=torch.long)
+    return Chunk(spans, row + width, row, is_prefix=False, is_peek=is_peek)
 
 
 def _edited(model: Model, act: Intervention, span: Span | None, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import { Failure, json, patiently } from "./api.js";
 import { choice, el, fresh, number, prose, round, say, svg, working } from "./dom.js";
-import { COLUMNS, changes, directionEdits, messagesOf, state, words } from "./state.js";
+import { COLUMNS, changes, demurOf, messagesOf, state, words } from "./state.js";
 
 const ROW = 19; // CSS pixels of a token.
 const PAUSE = 250; // Milliseconds after the last change before the model is asked.
@@ -238,8 +238,9 @@ class Heat {
       this.result.hidden = true;
       return;
     }
-    const edits = this.under === "panel" ? directionEdits() : [];
+    const { edits, anchor } = this.under === "panel" ? demurOf("edited") : { edits: [], anchor: false };
     const body = { messages, direction: this.direction, edits, null: this.nulls };
+    if (state.info.anchor && anchor === false) body.anchor = false;
     if (reply) body.reply = reply;
     const bar = working("Reading the model");
     // Short readings would only make the page flicker.
@@ -299,7 +300,9 @@ class Heat {
       }),
     );
     const made = this.edits.length ? this.edits.map(words).join("; ") : "no edits";
-    const anchored = this.under === "panel" && state.info.anchor ? " The anchor is not read here." : "";
+    const { gate, opened_at: at, by } = found.anchor;
+    const where = at ? `token ${at} of the reply` : "the question";
+    const anchored = { open: ` The gate opened at ${where}, by ${by}.`, shut: " The gate stayed shut.", none: "" }[gate];
     this.told.textContent = `${found.tokens.length} tokens × ${found.sites.length} block boundaries, with ${made}; ${found.direction} was read at ${found.site}.${anchored}`;
     const rows = found.tokens.length;
     if (!this.cell || this.shownKey !== this.scaleKey || this.cell.row >= rows) {

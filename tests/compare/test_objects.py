@@ -18,6 +18,8 @@ from demur.directions import Direction, save_direction
 from demur.em.advice import AdviceItem
 from demur.em.directions import deltas, save_deltas
 from demur.errors import DemurError, StoreError, UnknownNameError
+from demur.exports import Steering, export
+from demur.interventions import Ablate
 from demur.sites import Site
 from demur.store import Store
 
@@ -56,6 +58,17 @@ def write_run(folder):
         tensors={"units": torch.stack([vector / vector.norm() for vector in every.values()])},
     )
     return path.parent, every
+
+
+def write_export(folder):
+    """A LoRA that ablates: the direction is read from its factors."""
+    model = tiny_model("qwen2", dtype=torch.float32)
+    vector = drawn(model.d_model, seed=9)
+    direction = Direction.from_vector(
+        vector, site=Site(2, "resid_pre"), position=-3, recipe="difference of means"
+    )
+    export(model, Steering((Ablate(direction),)), folder / "lora", "peft")
+    return folder / "lora", {(Site(2, "resid_pre"), -3): vector}
 
 
 def write_gguf(folder, vectors=None, arch="controlvector"):
@@ -108,6 +121,7 @@ def write_mean_diffs(folder):
 WRITERS = {
     "demur-direction": write_direction,
     "demur-run": write_run,
+    "demur-export": write_export,
     "control-vector": write_gguf,
     "steering-vector": write_steering,
     "steering-vector ": write_plain_layers,
@@ -272,7 +286,8 @@ def test_a_pickle_is_refused_unopened_with_a_way_out(tmp_path, capsys):
 @pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "demur-run"])
 def test_a_file_cut_short_is_an_error_of_ours(kind, tmp_path):
     path, _ = WRITERS[kind](tmp_path)
-    file = path / "direction.pt" if path.is_dir() else path
+    inner = {"demur-export": "adapter_model.safetensors"}.get(kind, "direction.pt")
+    file = path / inner if path.is_dir() else path
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DemurError):
         read_vectors(path, kind=kind.strip())

@@ -11,6 +11,7 @@ format              files                                        layer l, positi
 =================== ============================================ ==================================
 `demur-direction`   `directions.safetensors` and its sidecar     as the sidecar says
 `demur-run`         run folder of `demur audit`                  the same, and all candidates
+`demur-export`      folder of `demur export`                     as its record says
 `demur-em-deltas`   `em.directions.save_deltas`, with its rows   as the sidecar says; answers
 `adapter`           PEFT LoRA or organism, its writes            what the module adds, no position
 `control-vector`    repeng's GGUF, `direction.l`                 output of block l, unknown
@@ -25,13 +26,10 @@ References:
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -44,6 +42,12 @@ from demur.em.adapter import Component, components
 from demur.em.directions import KINDS, Delta, load_deltas
 from demur.em.organism import CONFIG, VECTOR, Organism, read_organism
 from demur.errors import StoreError
+from demur.exports import read_export
+from demur.exports.base import RECORD
+from demur.exports.control_vector import read_control_vector
+from demur.exports.files import by_layer, finite, flat, header, torch_file
+from demur.exports.refusal_direction import read_place
+from demur.exports.steering_vectors import LAYER_TYPES, read_layers
 from demur.models.families import FAMILIES
 from demur.registry import Registry
 from demur.sites import Site, SiteKind
@@ -51,12 +55,6 @@ from demur.store import Store
 
 _DIRECTION, _DELTAS = "demur-direction-1", "demur-em-deltas-1"
 _RUN_DIRECTION, _RUN_RESULTS = "directions.safetensors", "results.json"
-_LAYER = re.compile(r"(?:.*[._-])?(?:layers?|blocks?|h|direction)?[._-]?(\d+)")
-_LAYER_TYPES: Mapping[str, SiteKind] = {
-    "decoder_block": "resid_post",
-    "self_attn": "attn_out",
-    "mlp": "mlp_out",
-}
 _WRITES: Mapping[str, SiteKind] = {
     path: cast(SiteKind, kind)
     for family in FAMILIES.values()
@@ -64,11 +62,6 @@ _WRITES: Mapping[str, SiteKind] = {
     for path, kind in ((family.attn_out, "attn_out"), (family.mlp_out, "mlp_out"))
 }
 _ONE_AXIS = 0.99
-_SAVE_AGAIN = (
-    "nothing that needs pickle is read, since it may run code: where you trust the file, save it "
-    'again as plain tensors, `torch.save({"layer_activations": vector.layer_activations, '
-    '"layer_type": vector.layer_type}, PATH)`'
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,7 +184,7 @@ class DirectionFile:
 
     def fits(self, path: Path) -> bool:
         """Whether the file's own header says so."""
-        return _header(path) == _DIRECTION
+        return header(path) == _DIRECTION
 
     def read(self, path: Path, name: str) -> Vectors:
         """Read the file and its sidecar; errors are those of `load_direction`."""
@@ -272,6 +265,34 @@ class RunFile:
         ]
 
 
+@formats.register("demur-export")
+@dataclass(frozen=True, slots=True)
+class ExportFolder:
+    """What `demur export` wrote, whatever its format: the directions that it acts with."""
+
+    def fits(self, path: Path) -> bool:
+        """Whether it is a folder with the record of an export."""
+        return (path / RECORD).is_file()
+
+    def read(self, path: Path, name: str) -> Vectors:
+        """Read it; errors are those of `read_export`."""
+        found = read_export(path)
+        several = tuple(
+            _bare(
+                path,
+                name,
+                one.unit.double() * one.norm,
+                one.site,
+                one.position,
+                model=str(found.about.get("fingerprint") or ""),
+                recipe=one.recipe,
+            )
+            for one in found.directions
+        )
+        notes = (f"sign: {found.about.get('sign', 'not told')}", *found.notes)
+        return Vectors(str(path), "demur-export", {name: several}, notes)
+
+
 @formats.register("demur-em-deltas")
 @dataclass(frozen=True, slots=True)
 class DeltasFile:
@@ -279,7 +300,7 @@ class DeltasFile:
 
     def fits(self, path: Path) -> bool:
         """Whether the file's own header says so."""
-        return _header(path) == _DELTAS
+        return header(path) == _DELTAS
 
     def read(self, path: Path, name: str) -> Vectors:
         """Read all four differences, in pairs; errors are those of `load_deltas`."""
@@ -342,7 +363,9 @@ class AdapterFolder:
 
     def fits(self, path: Path) -> bool:
         """Whether it is a folder with an adapter."""
-        return path.is_dir() and ((path / CONFIG).is_file() or (path / VECTOR).is_file())
+        if not path.is_dir() or (path / RECORD).is_file():  # An ablation that demur exported.
+            return False
+        return (path / CONFIG).is_file() or (path / VECTOR).is_file()
 
     def read(self, path: Path, name: str) -> Vectors:
         """Read all factors that write to the stream; errors are those of `read_organism`."""
@@ -448,48 +471,14 @@ class ControlVectorFile:
         Raises:
             StoreError: It is damaged, a model, or its vectors are quantised.
         """
-        from gguf import GGMLQuantizationType, GGUFReader
-
-        plain = {
-            GGMLQuantizationType.F64,
-            GGMLQuantizationType.F32,
-            GGMLQuantizationType.F16,
-        }
-        try:
-            reader = GGUFReader(path)
-            fields = {
-                key: field.contents() if (field := reader.get_field(key)) is not None else None
-                for key in ("general.architecture", "controlvector.model_hint")
-            }
-            tensors = [(str(one.name), one.tensor_type, one) for one in reader.tensors]
-        except Exception as error:  # The reader indexes into whatever the bytes say.
-            raise StoreError(f"{path} is no whole GGUF file: {error}", "get it again") from error
-        if fields["general.architecture"] != "controlvector":
-            raise StoreError(
-                f"{path} holds `{fields['general.architecture']}`, no control vector",
-                "a model is named with `--model`; a control vector comes from "
-                "`ControlVector.export_gguf`",
-            )
-        layers: dict[int, Tensor] = {}
-        for own, kind, tensor in tensors:
-            number = own.removeprefix("direction.")
-            if number == own or not number.isdecimal():
-                raise StoreError(
-                    f"{path} holds `{own}`, which is no direction of a layer", "get it again"
-                )
-            if kind not in plain:
-                raise StoreError(
-                    f"`{own}` of {path} is stored as {kind.name}", "export it as float32"
-                )
-            layers[int(number)] = torch.tensor(tensor.data.copy())
-        hint = fields["controlvector.model_hint"]
+        found = read_control_vector(path)
         return _by_layer(
             path,
             name,
-            layers,
+            found.layers,
             kind="control-vector",
             place="resid_post",
-            recipe=f"control vector for a model of type {hint or 'unknown'}",
+            recipe=f"control vector for a model of type {found.hint or 'unknown'}",
             notes=(
                 "layer l is the output of block l, counted from 0; the last block's was read "
                 "behind the final norm",
@@ -515,7 +504,7 @@ class SteeringVectorFile:
         if not path.is_file():
             return False
         if path.suffix == ".safetensors":
-            return _header(path) is None
+            return header(path) is None
         return path.suffix in (".pt", ".pth", ".bin") and not _of_arditi(path)
 
     def read(self, path: Path, name: str) -> Vectors:
@@ -524,39 +513,7 @@ class SteeringVectorFile:
         Raises:
             StoreError: It is damaged, needs pickle, or is of a layer type that is no site.
         """
-        kind = "decoder_block"
-        if path.suffix == ".safetensors":
-            found: Any = _safetensors(path)
-        else:
-            found = _torch(path)
-            if isinstance(found, Mapping) and "layer_activations" in found:
-                kind = str(found.get("layer_type", kind))
-                found = found["layer_activations"]
-        if not isinstance(found, Mapping) or not found:
-            raise StoreError(
-                f"{path} holds a {type(found).__name__}, not a tensor for each layer",
-                "save a dict from layer to tensor; a single vector of Arditi et al. needs "
-                f"`{path.stem}_metadata.json` with `layer` and `pos` beside it",
-            )
-        if kind not in _LAYER_TYPES:
-            raise StoreError(
-                f"{path} was read at modules of the type `{kind}`, which is not the stream",
-                f"train it at one of: {', '.join(_LAYER_TYPES)}",
-            )
-        layers: dict[int, Tensor] = {}
-        for key, value in found.items():
-            layer = key if isinstance(key, int) else _number_of(str(key))
-            if isinstance(key, bool) or layer is None or layer < 0 or layer in layers:
-                raise StoreError(
-                    f"`{key}` in {path} names no layer",
-                    "use the index of each block, from 0, as key",
-                )
-            if not isinstance(value, Tensor):
-                raise StoreError(
-                    f"`{key}` in {path} is a {type(value).__name__}, no tensor",
-                    "save tensors alone",
-                )
-            layers[layer] = value
+        kind, layers = read_layers(path)
         notes = [
             f"layer l is the output of block l's {kind}, counted from 0",
             "sign: towards the positive texts of its training set",
@@ -573,7 +530,7 @@ class SteeringVectorFile:
             name,
             layers,
             kind="steering-vector",
-            place=_LAYER_TYPES[kind],
+            place=LAYER_TYPES[kind],
             recipe=f"steering vector, {kind}",
             notes=tuple(notes),
         )
@@ -591,7 +548,10 @@ class RefusalDirectionFile:
     def fits(self, path: Path) -> bool:
         """Whether it is one of the two files, or a folder of the run that wrote them."""
         if path.is_dir():
-            return (path / "direction.pt").is_file() and not (path / CONFIG).is_file()
+            others = (CONFIG, RECORD)
+            return (path / "direction.pt").is_file() and not any(
+                (path / one).is_file() for one in others
+            )
         return path.suffix == ".pt" and path.is_file() and _of_arditi(path)
 
     def read(self, path: Path, name: str) -> Vectors:
@@ -601,7 +561,7 @@ class RefusalDirectionFile:
             StoreError: It is damaged, of another shape, needs pickle, or has no metadata.
         """
         file = path / "direction.pt" if path.is_dir() else path
-        found = _torch(file)
+        found = torch_file(file)
         if not isinstance(found, Tensor):
             raise StoreError(
                 f"{file} holds a {type(found).__name__}, no tensor", "name the file of a direction"
@@ -614,7 +574,7 @@ class RefusalDirectionFile:
         several: list[Contrast] = []
         recipe = "difference of means, harmful - harmless"
         if found.ndim == 3:
-            _finite(file, found)
+            finite(file, found)
             n, depth, _ = found.shape
             zero = 0
             for i in range(n):
@@ -637,12 +597,12 @@ class RefusalDirectionFile:
             if not several:
                 raise StoreError(f"all of {file} is zero", "get it again")
         else:
-            layer, position = _metadata(file)
+            layer, position = read_place(file)
             several.append(
                 _bare(
                     file,
                     name,
-                    _flat(file, file.name, found),
+                    flat(file, file.name, found),
                     Site(layer, "resid_pre"),
                     position,
                     recipe=recipe,
@@ -656,87 +616,7 @@ def _of_arditi(path: Path) -> bool:
     return named or path.with_name(f"{path.stem}_metadata.json").is_file()
 
 
-def _metadata(file: Path) -> tuple[int, int]:
-    place = file.with_name(f"{file.stem}_metadata.json")
-    try:
-        about = json.loads(place.read_text(encoding="utf-8"))
-        layer, position = about["layer"], about["pos"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{place} does not tell layer and position of {file.name}: {error!r}",
-            'write {"pos": -1, "layer": 15} into it: a token from the end, a block from 0',
-        ) from error
-    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in (layer, position))
-    if not whole or layer < 0 or position >= 0:
-        raise StoreError(
-            f"{place} tells layer {layer} and position {position}",
-            "a layer counts from 0, a position from the end: -1 is the last token",
-        )
-    return layer, position
-
-
 # Files -------------------------------------------------------------------------------------------
-
-
-def _header(path: Path) -> str | None:
-    """The format that a safetensors file says it is; None for other files and those of others."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            own = json.loads((file.metadata() or {}).get("demur", "null"))
-    except (OSError, ValueError, SafetensorError):
-        return None  # Whoever reads it says what is wrong.
-    return str(own["format"]) if isinstance(own, dict) and "format" in own else None
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StoreError(f"{path} is damaged: {error}", "get it again") from error
-
-
-def _torch(path: Path) -> Any:
-    """A PyTorch file, without running anything in it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise StoreError(f"{path} holds more than tensors", _SAVE_AGAIN) from error
-        raise StoreError(f"{path} is no PyTorch file", "get it again") from error
-    except Exception as error:  # A cut archive raises whatever the unpickler ran into.
-        raise StoreError(f"{path} is damaged: {_line(error)}", "get it again") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _number_of(key: str) -> int | None:
-    found = _LAYER.fullmatch(key)
-    return int(found[1]) if found else None
-
-
-def _flat(path: Path, own: str, value: Tensor) -> Float[Tensor, " d_model"]:
-    """A vector, whatever axes of length 1 are around it."""
-    if value.numel() < 2 or value.numel() != max(value.shape, default=0):
-        raise StoreError(
-            f"`{own}` of {path} has the shape {tuple(value.shape)}", "a vector has one axis"
-        )
-    return value.reshape(-1)
-
-
-def _finite(path: Path, value: Tensor) -> None:
-    if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-        raise StoreError(
-            f"{path} holds NaN, infinity or no real numbers", "the file is damaged: make it again"
-        )
 
 
 def _bare(
@@ -749,7 +629,7 @@ def _bare(
     model: str = "",
     recipe: str = "",
 ) -> Contrast:
-    _finite(path, vector)
+    finite(path, vector)
     if not bool(vector.any()):
         raise StoreError(f"the vector at {site} in {path} is zero", "make it again")
     return Contrast.of_vector(
@@ -768,16 +648,9 @@ def _by_layer(
     notes: tuple[str, ...],
 ) -> Vectors:
     """A vector for each layer, of one width; zero ones are left out."""
-    flat = {layer: _flat(path, str(layer), value) for layer, value in sorted(layers.items())}
-    if len({len(value) for value in flat.values()}) > 1:
-        raise StoreError(f"the vectors in {path} are of several widths", "get it again")
-    for value in flat.values():
-        _finite(path, value)
-    kept = {layer: value for layer, value in flat.items() if bool(value.any())}
-    if not kept:
-        raise StoreError(f"{path} holds no vector that is not zero", "make it again")
-    if len(kept) < len(flat):
-        notes = (*notes, f"{len(flat) - len(kept)} vectors are zero and left out")
+    kept, zero = by_layer(path, layers)
+    if zero:
+        notes = (*notes, f"{zero} vectors are zero and left out")
     found = tuple(
         _bare(path, name, value, Site(layer, place), None, recipe=recipe)
         for layer, value in kept.items()

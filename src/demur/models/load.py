@@ -319,12 +319,28 @@ def _with_adapter(hf: Any, adapter: str) -> Any:
             # Weights that are missing from the adapter would stay at their neutral start.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             wrapped = PeftModel.from_pretrained(hf, str(folder) if folder.is_dir() else adapter)
+        _untied(hf)
         return wrapped.merge_and_unload()
     except Exception as error:
         raise ModelLoadError(
             f"the adapter {adapter} cannot be loaded onto this model: {_first_line(error)}",
             "it must be a PEFT adapter made for this base model",
         ) from error
+
+
+def _untied(hf: Any) -> None:
+    """Part embedding and head, where an adapter of the embedding alone is about to be merged.
+
+    peft adds it to what the embedding puts out; merged into a tied table, it would change the
+    logits as well.
+    """
+    table, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    inner = getattr(table, "base_layer", None)
+    if inner is None or head is None or getattr(head, "base_layer", None) is not None:
+        return
+    if head.weight is inner.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        hf.config.tie_word_embeddings = False
 
 
 def _digest(path: Path) -> str:

@@ -1,0 +1,195 @@
+"""Writing an export, and reading one back for the model that it was made for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from demur.errors import ConfigError, StoreError
+from demur.exports.base import (
+    CARD,
+    FORMAT,
+    RECORD,
+    Imported,
+    Job,
+    describe,
+    exporters,
+    read_record,
+    write_record,
+)
+from demur.exports.card import Evidence, card
+from demur.exports.files import finite
+from demur.exports.steering import Carried, Steering, carried, check_fits
+from demur.interventions import Add
+from demur.models import Model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exported:
+    """What was written.
+
+    Attributes:
+        kind: The format.
+        folder: Files of the consumer, the record `demur.json` and the card `README.md`.
+        files: Their names.
+        about: The record.
+    """
+
+    kind: str
+    folder: Path
+    files: tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def export(
+    model: Model,
+    steering: Steering,
+    folder: Path,
+    kind: str,
+    *,
+    lossy: Collection[str] = (),
+    source: Mapping[str, Any] | None = None,
+    evidence: Evidence | None = None,
+    load: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a steering in the format of a consumer, with a record and a card.
+
+    Args:
+        model: The model that it is for, with its adapter.
+        steering: What is done, and where.
+        folder: Where to; must not exist.
+        kind: The format, one of `exporters`.
+        lossy: What may be lost, by name, see `demur.exports.LOSSES`.
+        source: The sidecar of the direction, of which the record keeps what it can.
+        evidence: An audit's figures for the card; "not measured" without.
+        load: How the model was loaded, arguments of `demur.models.load`, kept in the record.
+
+    Raises:
+        UnknownNameError: There is no such format.
+        ConfigError: Something would be lost that was not asked for by name; the folder exists; the
+            direction does not fit the model; or nothing would be added.
+        FamilyError: The architecture cannot carry it, or the format not at that site.
+        StoreError: The evidence is of another model or direction, or a file cannot be written.
+    """
+    exporter = exporters.make(kind)
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already", "name a new folder")
+    check_fits(model, steering)
+    kept = carried(
+        steering, exporter.carries, to=f"the format `{kind}`", spans=exporter.spans, lossy=lossy
+    )
+    if not kept.acts or any(isinstance(act, Add) and act.strength == 0.0 for act in kept.acts):
+        raise ConfigError("an addition of strength 0 is no edit", "give another strength")
+    about = _about(model, kept, kind, exporter.exact, load)
+    if evidence is not None:
+        evidence.belongs_to(about)
+    draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        extra = dict(exporter.write(Job(model, kept, draft, source or {}, about)))
+        about = {**about, **extra, "evidence": None if evidence is None else evidence.record()}
+        write_record(draft, about)
+        text = card(about, use=exporter.use, evidence=evidence)
+        (draft / CARD).write_text(text, encoding="utf-8")
+        draft.rename(folder)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"{folder} was not written: {error.strerror or error}",
+            "free some space or name another",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    names = tuple(sorted(one.name for one in folder.iterdir()))
+    return Exported(kind, folder, names, about)
+
+
+def _about(
+    model: Model, kept: Carried, kind: str, exact: str, load: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "demur": importlib.metadata.version("demur"),
+        "kind": kind,
+        "model": model.name,
+        "revision": model.revision,
+        "adapter": model.adapter,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "template_hash": model.template.hash if model.template is not None else None,
+        "family": model.family.name,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "tied": model.tied,
+        "load": dict(load) if load is not None else None,
+        "sign": "points from harmless to harmful; adding it raises refusal",
+        "convention": "L.resid_pre is the input of block L, L.resid_post its output, from 0",
+        "acts": [describe(act) for act in kept.acts],
+        "where": [str(span) for span in kept.where],
+        "exact": exact if not kept.losses else "no: see losses",
+        "losses": dict(kept.losses),
+    }
+
+
+def read_export(path: Path, model: Model | None = None, *, kind: str | None = None) -> Imported:
+    """Read an export back, or a file of one of its consumers.
+
+    Args:
+        path: The folder of an export, or a file of another tool.
+        model: If given, the export must be for this very model (weights, data type, template); what
+            `merged` wrote may also be loaded itself. A file without a record says of no model, and
+            only its width and layers are checked.
+        kind: Format of a file without a record; None: found from the path.
+
+    Raises:
+        StoreError: It is damaged, of no known format, or for another model.
+        UnknownNameError: There is no such format.
+    """
+    path = Path(path).expanduser()
+    about: dict[str, Any] = {}
+    if (path / RECORD).is_file():
+        about = read_record(path)
+        kind = str(about.get("kind"))
+    elif not path.exists():
+        raise StoreError(f"there is no {path}", "check the path")
+    elif kind is None:
+        fitting = [name for name in exporters if exporters.make(name).fits(path)]
+        if len(fitting) != 1:
+            raise StoreError(
+                f"{path} is of no format that demur exports",
+                f"name a folder of `demur export`, or say which it is: {', '.join(exporters)}",
+            )
+        kind = fitting[0]
+    found = exporters.make(kind).read(path, about)
+    for one in found.directions:
+        finite(path, one.unit)
+    if model is not None:
+        _belongs(path, found, model)
+    return found
+
+
+def _belongs(path: Path, found: Imported, model: Model) -> None:
+    about = found.about
+    wanted = {about.get("fingerprint"), about.get("edited_fingerprint")} - {None}
+    if wanted and model.fingerprint not in wanted:
+        same = about.get("template_hash") in (
+            None,
+            model.template.hash if model.template is not None else None,
+        )
+        raise StoreError(
+            f"{path} was made on {about.get('model')} ({str(about.get('fingerprint'))[:12]}), not "
+            f"on {model.name} as it is loaded now ({model.fingerprint[:12]})"
+            + ("" if same else "; their chat templates differ"),
+            "load the same model, adapter, revision, dtype and system prompt",
+        )
+    try:
+        check_fits(model, found.steering)
+    except ConfigError as error:
+        raise StoreError(f"{path} is for another model: {error.fact}", error.hint) from error

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
+from demur.errors import ConfigError, NonFiniteError, TooFewPromptsError, UnknownNameError
 from demur.models import Conversation, Model
 from demur.progress import Progress
 from demur.sites import Site
@@ -111,6 +111,40 @@ class Moments:
             self.spread = torch.cat(rows, 2)
         self.mean = self.mean + (mean - self.mean) * (m / (self.n + m))
         self.n += m
+        if self.spread.shape[2] > 2 * self.rank:
+            self._compress()
+
+    def merge(self, later: Moments) -> None:
+        """Take in the prompts of another reading as if they had come next.
+
+        Merged in the same order, the same readings give the same bits; in another order, means
+        and traces differ by the rounding of float64, and a sketch that is not exact by its error.
+
+        Raises:
+            ConfigError: The two are of other sites or positions, or keep another covariance.
+        """
+        mine, theirs = ((m.sites, m.positions, m.rank) for m in (self, later))
+        if mine != theirs:
+            raise ConfigError(
+                f"moments of {len(later.sites)} sites, positions {later.positions} and rank "
+                f"{later.rank} do not merge into {len(self.sites)}, {self.positions}, {self.rank}",
+                "read both at the same sites and positions, with the same rank",
+            )
+        if later.n == 0:
+            return
+        self.exact = self.exact and later.exact
+        if self.n == 0:
+            self.n, self.mean = later.n, later.mean.clone()
+            self.total, self.spread = later.total.clone(), later.spread.clone()
+            return
+        n = self.n + later.n
+        gap = later.mean - self.mean
+        bridge = (self.n * later.n / n) ** 0.5 * gap
+        self.total = self.total + later.total + bridge.pow(2).sum(2)
+        if self.rank:
+            self.spread = torch.cat([self.spread, later.spread, bridge.unsqueeze(2).float()], 2)
+        self.mean = self.mean + gap * (later.n / n)
+        self.n = n
         if self.spread.shape[2] > 2 * self.rank:
             self._compress()
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demur.directions import Direction
-from demur.errors import NonFiniteError, TooFewPromptsError
+from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
 from demur.evals.judges import Exchange, Judge, Outcome
 from demur.interventions import Ablate, Add, applied
 from demur.models import Completion, Model, TokenBatch
 from demur.progress import Progress
+from demur.stats import mean
+
+if TYPE_CHECKING:
+    import altair as alt
 
 # Bytes of unedited stream that are kept for edits which begin at a later block.
 _MOST_REMEMBERED = 2**31
@@ -277,6 +282,12 @@ class Scores:
         assert self.kl is not None
         return float(self.bypass.nanmean()), float(self.induce.nanmean()), float(self.kl.nanmean())
 
+    @property
+    def fate(self) -> str:
+        """In words: whether it passed, and how it was measured."""
+        how = "" if self.exact else ", screened"
+        return f"{self.rejected_by or 'passed every criterion'}{how}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Screen:
@@ -324,6 +335,95 @@ class Selection:
     def direction(self) -> Direction:
         """The chosen direction."""
         return self.rows[self.chosen].direction
+
+    def _repr_html_(self) -> str:
+        from demur.notebook import number, table
+
+        def line(name: str, row: Scores) -> tuple[str, ...]:
+            scores = (_said(getattr(row, score)) for score in _SCORES)
+            place = f"{row.direction.site}, position {number(row.direction.position, 'd')}"
+            return (name, place, *scores, row.fate)
+
+        others = [
+            row
+            for row in self.rows
+            if row is not self.rows[self.chosen] and row.exact and row.bypass is not None
+        ]
+        # As they were ranked: those that passed first, then by what ablating them does.
+        others.sort(key=lambda row: (row.rejected_by is not None, row.means[0]))
+        passed = sum(row.rejected_by is None for row in self.rows)
+        note = (
+            f"{passed} of {len(self.rows)} candidates passed every criterion. Unedited, refusal "
+            f"log-odds are {_said(self.harmful)} on harmful and "
+            f"{_said(self.harmless)} on harmless prompts (Student t 95%)."
+        )
+        if self.least_bad:
+            note += " None passed: this one is the least bad."
+        return table(
+            "Selection",
+            [
+                line("chosen", self.rows[self.chosen]),
+                *(line("also measured", row) for row in others[:_SHOWN]),
+            ],
+            head=("", "site", *_SCORES.values(), "criteria"),
+            note=note,
+        )
+
+    def plot(self, score: str = "bypass") -> alt.LayerChart:
+        """Draw every candidate by site and position as an Altair chart; the chosen one is framed.
+
+        A full cell passed every criterion, a small one was rejected, a cross was not measured. The
+        pointer shows all three scores.
+
+        Args:
+            score: What colours show: "bypass", refusal log-odds of harmful prompts with the
+                candidate ablated (nats, lower is more effect); "induce", those of harmless prompts
+                with it added; "kl", what ablation costs on harmless prompts (nats).
+
+        Raises:
+            UnknownNameError: There is no such score.
+        """
+        from demur.notebook import candidate_map, drawn, number
+
+        if score not in _SCORES:
+            raise UnknownNameError.among(_SCORES, kind="score", name=score)
+        rows: list[dict[str, Any]] = []
+        for i, row in enumerate(self.rows):
+            values: Tensor | None = getattr(row, score)
+            state = "rejected" if row.rejected_by else "passed"
+            rows.append(
+                {
+                    "site": str(row.direction.site),
+                    "position": row.direction.position,
+                    "value": None if values is None else float(values.nanmean()),
+                    "state": "missing" if values is None else state,
+                    "chosen": i == self.chosen,
+                    **{title: _said(getattr(row, name)) for name, title in _SCORES.items()},
+                    "norm": number(row.direction.norm),
+                    "criteria": drawn(row.fate),
+                    "is": "chosen" if i == self.chosen else "a candidate",
+                }
+            )
+        title = f"{_SCORES[score]}; framed: chosen, small: rejected, cross: not measured"
+        return candidate_map(rows, title=title, diverging=score != "kl")
+
+
+_SCORES: dict[str, str] = {
+    "bypass": "ablated, log-odds on harmful",
+    "induce": "added, log-odds on harmless",
+    "kl": "KL on harmless (nats)",
+}
+_SHOWN = 4  # Candidates that a table shows beside the chosen one.
+
+
+def _said(values: Float[Tensor, " prompt"] | None) -> str:
+    """The mean over the prompts that were asked, with Student's t interval where there are two."""
+    from demur.notebook import number, said
+
+    if values is None:
+        return "not measured"
+    asked = values[~values.isnan()].numpy()
+    return said(mean(asked)) if len(asked) > 1 else f"{number(float(asked.mean()))}, n=1"
 
 
 _Few = tuple[list[int], list[int]]  # Numbers of the harmful and of the harmless prompts asked.

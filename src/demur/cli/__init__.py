@@ -20,6 +20,8 @@ from demur.cli import (
     compare,
     doctor,
     em,
+    evaluate,
+    export,
     features,
     generate,
     guard,
@@ -30,6 +32,7 @@ from demur.cli import (
     prompts,
     separate,
     serve,
+    sweep,
     talk,
 )
 from demur.cli.program import app
@@ -40,13 +43,17 @@ for _command in (
     audit.report,
     generate.generate,
     anchor.attack,
+    evaluate.evaluate,
     harden.harden,
     compare.compare,
     hydra.hydra,
+    sweep.sweep,
     serve.serve,
     doctor.doctor,
 ):
     app.command()(_command)
+app.command("export")(export.export)
+app.command("import")(export.import_)
 for _group, _commands in (
     ("models", models.app),
     ("prompts", prompts.app),

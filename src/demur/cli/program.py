@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 from demur.cli import talk
 
-_RESUMABLE = ("audit", "organism", "harden", "em", "compare", "features", "hydra")
+_RESUMABLE = ("audit", "organism", "harden", "em", "compare", "features", "hydra", "sweep")
 # Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two
 # runs that spin take each other's cores.
 ENVIRONMENT = {

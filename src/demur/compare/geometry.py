@@ -58,6 +58,7 @@ from demur.compare.contrasts import (
     strata,
 )
 from demur.compare.rows.geometry import Cause, Comparison, Null, NullName, Variant, Verdict
+from demur.directions import isotropic_band
 from demur.errors import ConfigError, TooFewPromptsError
 from demur.progress import Progress
 from demur.sites import Site
@@ -269,17 +270,6 @@ class _Unbiased:
         low, value, high = (float(np.clip(x, -1, 1)) for x in ends)
         method = f"cluster jackknife t {100 * LEVEL:g}%, unbiased"
         return Estimate(value, low, high, self.knife.clusters, method)
-
-
-def isotropic_band(d_model: int, level: float = LEVEL) -> float:
-    """|cosine| that a random direction stays below with probability `level`.
-
-    The square of the cosine of two random directions has the beta distribution with parameters 1/2
-    and (d_model - 1) / 2.
-    """
-    from scipy import stats
-
-    return math.sqrt(float(stats.beta.ppf(level, 0.5, (d_model - 1) / 2)))
 
 
 def isotropic_p(cosine: float, d_model: int) -> float:

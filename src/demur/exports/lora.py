@@ -159,7 +159,7 @@ class Lora:
             )
         if job.model.tied:
             notes.append(
-                "embedding and unembedding are tied: untie them before it is merged, as `--adapter` does"
+                "embedding and unembedding are tied: it merges into untied ones, as by `--adapter`"
             )
         return {"notes": notes, "writes": [*found.modules, *found.parameters]}
 

@@ -41,6 +41,7 @@ from demur.pipeline.splits import (
 from demur.pipeline.stages import (
     CLASSES,
     Baseline,
+    Given,
     Job,
     baseline,
     choose,
@@ -90,6 +91,7 @@ def audit(
     listener: Listener | None = None,
     force: bool = False,
     model: Model | None = None,
+    given: Given | None = None,
 ) -> AuditRun:
     """Find, select and test a model's refusal direction, and write a run folder.
 
@@ -102,6 +104,7 @@ def audit(
         listener: Hears the progress.
         force: Start a new run even where one of the same settings exists.
         model: A loaded model, in place of loading `config.model`.
+        given: What other audits share with this one, so that it is not computed again.
 
     Raises:
         DemurError: Whatever a user can act on; nothing half-written is left that reads as whole.
@@ -114,13 +117,14 @@ def audit(
     model = model or _loaded(config, listener)
     chosen_sites(model, config)
     chosen_positions(model, config)
-    key = identity(config, model, splits, further)
+    key = identity(config, model, splits, further, given.how if given is not None else None)
     folder, finished = open_folder(out, config.model.name, key, force=force)
     if finished:
         return AuditRun(folder, read_results(folder), reused=True)
     run = RunFolder(folder)
     atomic_write(folder / "config.toml", as_toml(config))
-    job = Job(config, run, model, fast_copy(model, config), splits, judge, listener)
+    fast = fast_copy(model, config)
+    job = Job(config, run, model, fast, splits, judge, listener, given=given)
     sets = (splits.harmful, splits.harmless, *further)
     job.notes += licences_of(part for parts in sets for part in parts.values())
     if model.template is not None and model.template.kind == "plain":

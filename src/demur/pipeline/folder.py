@@ -86,8 +86,14 @@ class RunFolder:
         return adapter.validate_python(self.stage(name, run)[0]["rows"])
 
 
-def identity(config: RunConfig, model: Model, splits: Splits, further: ValidationPrompts) -> str:
-    """A short hash of everything that decides a run's numbers."""
+def identity(
+    config: RunConfig,
+    model: Model,
+    splits: Splits,
+    further: ValidationPrompts,
+    given: str | None = None,
+) -> str:
+    """A short hash of everything that decides a run's numbers; `given` is how it was read."""
     parts = {
         "config": config.model_dump(mode="json", exclude={"separation", "guard"}),
         "model": model.fingerprint,
@@ -98,6 +104,8 @@ def identity(config: RunConfig, model: Model, splits: Splits, further: Validatio
         ],
         "demur": metadata.version("demur"),
     }
+    if given is not None:
+        parts["given"] = given
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=5).hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from demur.activations import PointMoments, collect, moments, projections
+from demur.activations import (
+    Activations,
+    Moments,
+    PointMoments,
+    collect,
+    moments,
+    projections,
+)
 from demur.causal import Arm, Replies, reply_to, stable_seed
 from demur.config import RunConfig
 from demur.directions import Direction
@@ -45,6 +52,46 @@ CLASSES = ("harmful", "harmless")
 _LEAST_AFTER_FILTER = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """How the unedited model behaves on the fit and select prompts."""
+
+    tokens: RefusalTokens
+    scores: dict[str, list[float]]  # "fit harmful" -> refusal log-odds per prompt
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self.tokens), "scores": self.scores}
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> Baseline:
+        """Read `summary` back."""
+        tokens = RefusalTokens(
+            tuple(summary["ids"]),
+            tuple(summary["texts"]),
+            tuple(summary["shares"]),
+            tuple(summary["base_shares"]),
+            summary["refusals"],
+            summary["learned"],
+        )
+        return cls(tokens, summary["scores"])
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What audits that differ in the estimator share, computed once for all of them.
+
+    Attributes:
+        how: Part of the run's identity, since another way to sum decides the last bits.
+        baseline: The behaviour of the model on these fit and select prompts.
+        sides: Statistics of the fit prompts "fit harmful" and "fit harmless", in this order.
+    """
+
+    how: str
+    baseline: Baseline
+    sides: Callable[[Mapping[str, list[str]]], Sequence[Moments | Activations]]
+
+
 @dataclass(slots=True)
 class Job:
     """What every stage of one audit works on.
@@ -54,6 +101,7 @@ class Job:
         model: The model, in its own data type.
         fast: A bfloat16 copy where that is faster, else the model itself.
         notes: What a reader of the report should know; stages add to it.
+        given: What need not be computed here.
     """
 
     config: RunConfig
@@ -64,6 +112,7 @@ class Job:
     judge: Judge
     listener: Listener
     notes: list[str] = field(default_factory=list)
+    given: Given | None = None
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -113,19 +162,13 @@ def _cpu_has_bfloat16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """How the unedited model behaves on the fit and select prompts."""
-
-    tokens: RefusalTokens
-    scores: dict[str, list[float]]  # "fit harmful" -> refusal log-odds per prompt
-
-
 def baseline(job: Job) -> Baseline:
     """Have the unedited model reply, learn its refusal tokens, and score the prompts."""
     groups, config, model = job.groups, job.config, job.model
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if job.given is not None:
+            return job.given.baseline.summary(), {}
         asked = [*groups["fit harmful"], *groups["fit harmless"]]
         with job.listener.stage("how the model replies", len(asked)) as advance:
             tokens = openers(
@@ -142,31 +185,16 @@ def baseline(job: Job) -> Baseline:
                 logits = batched_logits(model, model.encode(prompts), config.extraction.batch_size)
                 scores[name] = refusal_logodds(logits, tokens.ids).tolist()
                 advance(1)
-        return {
-            "ids": tokens.ids,
-            "texts": tokens.texts,
-            "shares": tokens.shares,
-            "base_shares": tokens.base_shares,
-            "refusals": tokens.refusals,
-            "learned": tokens.learned,
-            "scores": scores,
-        }, {}
+        return Baseline(tokens, scores).summary(), {}
 
-    found = job.run.stage("baseline", compute)[0]
-    tokens = RefusalTokens(
-        tuple(found["ids"]),
-        tuple(found["texts"]),
-        tuple(found["shares"]),
-        tuple(found["base_shares"]),
-        found["refusals"],
-        found["learned"],
-    )
+    seen = Baseline.of(job.run.stage("baseline", compute)[0])
+    tokens = seen.tokens
     if not tokens.learned:
         job.notes.append(
             f"the model refused only {tokens.refusals} fit prompts, too few to learn its refusal "
             "openers from; common English ones stand in"
         )
-    return Baseline(tokens, found["scores"])
+    return seen
 
 
 def filtered(job: Job, seen: Baseline) -> tuple[dict[str, list[str]], dict[str, int] | None]:
@@ -253,17 +281,21 @@ def extract(job: Job, fit: dict[str, list[str]]) -> tuple[list[Direction], list[
             read = partial(moments, rank=64 if estimator.covariance else 0)
         total = len(fit["fit harmful"]) + len(fit["fit harmless"])
         with job.listener.stage("reading activations", total) as advance:
-            sides = [
-                read(
-                    model,
-                    fit[f"fit {on}"],
-                    sites=sites,
-                    positions=positions,
-                    batch_size=size,
-                    progress=advance,
-                )
-                for on in CLASSES
-            ]
+            if job.given is not None:
+                sides = job.given.sides(fit)
+                advance(total)
+            else:
+                sides = [
+                    read(
+                        model,
+                        fit[f"fit {on}"],
+                        sites=sites,
+                        positions=positions,
+                        batch_size=size,
+                        progress=advance,
+                    )
+                    for on in CLASSES
+                ]
         found = candidates(sides[0], sides[1], estimator, recipe=recipe)
         units = torch.zeros(len(sites), len(positions), model.d_model, dtype=torch.float64)
         for one in found:

@@ -19,6 +19,7 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
+from demur.notebook import Look, depth_layers, site_key, site_ticks, spaced
 from demur.report.words import number, readable, token
 from demur.results import (
     AuditResults,
@@ -86,7 +87,6 @@ _LINE_LEGEND: dict[str, Any] = {
     "symbolStrokeWidth": 2.4,
     "columnPadding": 18,
 }
-KIND_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 # Marks whose description starts so keep it as the browser's own tooltip.
 _TIP = "tip: "
@@ -111,39 +111,6 @@ class Figure:
     label: str
     wide: Markup
     narrow: Markup
-
-
-def site_key(site: str) -> tuple[int, int, str]:
-    """Where a site comes in the forward pass; unknown names go last."""
-    layer, _, kind = site.partition(".")
-    order = KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER)
-    return (int(layer) if layer.isdecimal() else 1 << 30, order, site)
-
-
-def site_ticks(sites: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Short axis labels for `sites`, and the axis title that says what they are short for.
-
-    The commonest kind is left to the title; a site of another kind keeps its kind, after a "|"
-    where the axis breaks the line.
-    """
-    kinds = [site.partition(".")[2] for site in sites]
-    common = max(set(kinds), key=kinds.count, default="")
-    ticks = {}
-    for site, kind in zip(sites, kinds, strict=True):
-        layer = site.partition(".")[0]
-        ticks[site] = layer if kind == common else f"{layer}|{kind.removeprefix('resid_')}"
-    return ticks, f"site: N stands for N.{common}"
-
-
-def spaced(labels: Sequence[str], room: float) -> list[str]:
-    """As many of `labels`, evenly, as fit into `room` pixels; always the first and the last."""
-    step = max(math.ceil(len(labels) * 26 / room), 1)
-    kept = list(labels[::step])
-    if labels and kept[-1] != labels[-1]:
-        if (len(labels) - 1) % step < step / 2 and len(kept) > 1:
-            kept.pop()
-        kept.append(labels[-1])
-    return kept
 
 
 def position_label(info: PositionInfo) -> str:
@@ -1095,35 +1062,8 @@ def by_depth(
         title: Of the upright axis.
         order: The series.
     """
-    sites = sorted({row["site"] for row in (*rows, *bands)}, key=site_key)
-    ticks, site_title = site_ticks(sites)
-    colour, dash = _series(order, _named(order, width))
-    x = alt.X("site:O", sort=[ticks[site] for site in sites], title=site_title).axis(
-        labelExpr="split(datum.label, '|')",
-        labelAngle=0,
-        values=spaced([ticks[site] for site in sites], width - 70),
-        grid=False,
-    )
-    y = alt.Y("value:Q", title=title)
-    shown, null = (
-        alt.Chart(
-            alt.InlineData(values=[{**row, "site": ticks[row["site"]]} for row in some])
-        ).encode(x=x)
-        for some in (rows, bands)
-    )
-    layers: list[alt.Chart] = [
-        null.mark_area(color=FAINT, opacity=0.35).encode(
-            y=alt.Y("low:Q", title=title), y2="high:Q"
-        ),
-        _zero("y"),
-        shown.mark_rule(strokeOpacity=0.4, strokeWidth=1.4).encode(
-            y=alt.Y("low:Q", title=title), y2="high:Q", color=colour
-        ),
-        shown.mark_line(strokeWidth=2).encode(y=y, color=colour, strokeDash=dash, detail="pair:N"),
-        shown.mark_point(filled=True, size=36, opacity=1).encode(
-            y=y, color=colour, description="tip:N"
-        ),
-    ]
+    look = Look(*_series(order, _named(order, width)), FAINT, MUTED, {"description": "tip:N"})
+    layers = depth_layers(rows, bands, width - 70, title=title, look=look)
     return _sized(layers, width, 280)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from demur.compare.rows.behaviour import Behaviour, MatrixCell, MediationRow
 from demur.compare.rows.circuits import PatchingRow, ReadWriteRow
+from demur.compare.rows.geometry import null_bands
 from demur.compare.rows.record import Circuits, CompareRecord, Counted, Placed, read_compare
 from demur.report import charts, words
 from demur.report.charts import BROAD, HALF
@@ -174,16 +175,7 @@ def _cosine_figures(found: CompareRecord) -> dict[str, charts.Figure]:
 
 
 def _cosine_figure(pair: str, title: str, rows: Sequence[Placed]) -> charts.Figure:
-    bands: charts.Rows = []
-    for site in dict.fromkeys(one.row.site for one in rows):
-        upper = [
-            null.upper
-            for one in rows
-            if one.row.site == site
-            and (null := _null(one, "unrelated contrasts") or _null(one, "covariance-matched"))
-        ]
-        if upper:
-            bands.append({"site": site, "low": -max(upper), "high": max(upper)})
+    bands = null_bands(one.row for one in rows)
     drawn: charts.Rows = []
     for one in rows:
         interval = one.row.interval

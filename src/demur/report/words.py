@@ -1,38 +1,16 @@
 """How the report writes numbers and foreign text: once, for prose, tables and charts alike."""
 
 import math
-import unicodedata
-from functools import cache
 from typing import Literal
 
 from markupsafe import Markup, escape
 
+from demur.notebook import digits, number, readable
 from demur.stats import Estimate
 
 Kind = Literal["number", "share", "points", "signed", "ratio"]
 
 NOT_MEASURED = Markup('<span class="missing">not measured</span>')
-
-# Characters that reorder or hide their neighbours, which a reader must see instead of obey.
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-_ALLOWED = frozenset({"\n", "\t", "\u200d", "\ufe0f"})
-
-
-def readable(text: str) -> str:
-    """`text` with every character spelt out that would act on the reader or break a drawing."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(f"⟦U+{ord(mark):04X}⟧" if _acts(mark) else mark for mark in text)
-
-
-@cache
-def _acts(mark: str) -> bool:
-    """Whether a character is a control, reorders or hides others, or is none at all."""
-    if mark in _ALLOWED:
-        return False
-    code = ord(mark)
-    nobody = code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
-    return nobody or unicodedata.category(mark) in _HIDDEN
 
 
 def token(text: str) -> str:
@@ -44,19 +22,6 @@ def token(text: str) -> str:
         return "␣" * left or "(empty)"
     right = len(inner) - len(inner.rstrip(" "))
     return readable("␣" * left + body + "␣" * right)
-
-
-def number(value: float | None, spec: str = ".3g", *, signed: bool = False) -> str:
-    """A number with a true minus sign."""
-    if value is None or not math.isfinite(value):
-        return "not measured"
-    text = format(value, ("+" if signed and value else "") + spec)
-    mantissa, _, exponent = text.partition("e")
-    if exponent:
-        text = f"{mantissa}e{int(exponent)}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def estimate(value: Estimate | None, kind: Kind = "number", *, n: bool = True) -> Markup:
@@ -72,7 +37,7 @@ def estimate(value: Estimate | None, kind: Kind = "number", *, n: bool = True) -
         return NOT_MEASURED
     scale = 100.0 if kind in {"share", "points"} else 1.0
     signed = kind in {"points", "signed"}
-    spec = _spec(scale * value.low, scale * value.high)
+    spec = digits(scale * value.low, scale * value.high)
     point, low, high = (
         number(scale * part, spec, signed=signed) for part in (value.value, value.low, value.high)
     )
@@ -96,13 +61,6 @@ def percent(value: float | None) -> Markup:
     if value is None or not math.isfinite(value):
         return NOT_MEASURED
     return escape(number(100 * value, ".0f" if abs(value) >= 0.1 or value == 0 else ".1f") + "%")
-
-
-def _spec(low: float, high: float) -> str:
-    width = high - low
-    if not width > 0:
-        return ".3g"
-    return f".{min(max(1 - math.floor(math.log10(width)), 0), 6)}f"
 
 
 def said(value: Estimate, kind: Kind = "number") -> str:

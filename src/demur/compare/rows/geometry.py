@@ -1,9 +1,15 @@
 """What the geometry of two contrasts showed: cosines, their intervals, their nulls, a verdict."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from demur.stats import Estimate
+
+if TYPE_CHECKING:
+    import altair as alt
 
 Verdict = Literal[
     "the same",
@@ -163,6 +169,109 @@ class Comparison:
     def variant(self, name: str) -> Variant | None:
         """The variant of that name, if there is one."""
         return next((one for one in self.variants if one.name == name), None)
+
+    def _repr_html_(self) -> str:
+        from demur.notebook import number, said, table
+
+        rows = [
+            ("verdict", self.verdict),
+            ("why", self.why),
+            *((("needed", self.needed),) if self.needed else ()),
+            ("cosine", said(self.interval) if self.interval else number(self.cosine, ".3f")),
+            ("unbiased cosine", said(self.unbiased)),
+            *(
+                (f"null: {null.name}", f"95 % within {number(null.upper, '.2f')}, p = {null.p:.2g}")
+                for null in self.nulls
+            ),
+            ("counts as unrelated", f"within {number(self.margin, '.2f')} ({self.margin_from})"),
+            ("prompts or pairs", f"{self.n_a} and {self.n_b}"),
+            *(("unlike", why) for why in self.mismatches),
+        ]
+        return table(f"{self.a} and {self.b} at {self.site}", rows)
+
+    def plot(self) -> alt.LayerChart:
+        """Draw its cosines with intervals before what each null would give, as an Altair chart.
+
+        The first rows are the cosine as measured and the unbiased one; below stand those after
+        something was taken out or in another metric, unbiased where they can be.
+        """
+        from demur.notebook import drawn, forest, number, said
+
+        rows = []
+        for name, value, own, main in [
+            ("as measured", self.cosine, self.interval, True),
+            *((("unbiased", self.unbiased.value, self.unbiased, True),) if self.unbiased else ()),
+            *((one.name, one.cosine, one.unbiased, False) for one in self.variants),
+        ]:
+            shown = said(own) if own is not None else f"{number(value, '.3f')}, without an interval"
+            rows.append(
+                {
+                    "row": drawn(name),
+                    "value": own.value if own is not None else value,
+                    "low": own.low if own is not None else value,
+                    "high": own.high if own is not None else value,
+                    "main": main,
+                    "tip": f"{drawn(name)}: {shown}",
+                }
+            )
+        nulls = [
+            {
+                "null": null.name,
+                "upper": null.upper,
+                "tip": f"{null.name}: 95 % within {number(null.upper, '.2f')}, p = {null.p:.2g}",
+            }
+            for null in self.nulls
+        ]
+        title = f"cosine of {drawn(self.a)} and {drawn(self.b)} at {drawn(self.site)}"
+        return forest(rows, nulls, title=title)
+
+
+def plot_by_depth(lines: Mapping[str, Sequence[Comparison]]) -> alt.LayerChart:
+    """Draw cosines with their intervals at several sites, as an Altair chart.
+
+    Behind them is the band of what unrelated contrasts have; without these, of directions with the
+    covariance of the activations. Of several comparisons at a site the widest one is drawn.
+
+    Args:
+        lines: Comparisons by the name of their line, such as `compare_layers` returns.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from demur.errors import ConfigError
+    from demur.notebook import by_depth, drawn, number, said
+
+    every = [one for rows in lines.values() for one in rows]
+    if not every:
+        raise ConfigError("there is no comparison to draw", "give those of one site or more")
+    rows = [
+        {
+            "site": one.site,
+            "series": drawn(name),
+            "pair": drawn(name),
+            "value": one.cosine,
+            "low": one.interval.low if one.interval else one.cosine,
+            "high": one.interval.high if one.interval else one.cosine,
+            "tip": f"{drawn(one.a)} and {drawn(one.b)} at {drawn(one.site)}: "
+            f"{said(one.interval) if one.interval else number(one.cosine, '.3f')}; {one.verdict}",
+        }
+        for name, own in lines.items()
+        for one in own
+    ]
+    return by_depth(rows, null_bands(every), title="cosine; band: unrelated contrasts")
+
+
+def null_bands(rows: Iterable[Comparison]) -> list[dict[str, str | float]]:
+    """Of each site, between which cosines 95 % of a null lie; of several the widest.
+
+    The null is that of unrelated contrasts; without a library, the covariance-matched one.
+    """
+    upper: dict[str, float] = {}
+    for one in rows:
+        null = one.null("unrelated contrasts") or one.null("covariance-matched")
+        if null is not None:
+            upper[one.site] = max(null.upper, upper.get(one.site, 0.0))
+    return [{"site": site, "low": -most, "high": most} for site, most in upper.items()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,9 +16,13 @@ from demur.compare.rows.circuits import (
     ReadWriteRow,
 )
 from demur.compare.rows.dimensions import Cone, Dimension, Independence
-from demur.compare.rows.geometry import Alignment, Comparison, Overlap
+from demur.compare.rows.geometry import Alignment, Comparison, Overlap, plot_by_depth
 from demur.compare.rows.objects import ObjectRow
+from demur.errors import UnknownNameError
 from demur.results import SCHEMA_VERSION, read_record
+
+if TYPE_CHECKING:
+    import altair as alt
 
 
 class _Row(BaseModel):
@@ -181,6 +185,37 @@ class CompareRecord(_Row):
     circuits: tuple[Circuits, ...]
     seconds: dict[str, float]
     notes: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        from demur.notebook import table
+
+        rows = [(one.question, one.answer, one.because) for one in self.findings if one.headline]
+        harmful, harmless = self.fit
+        note = (
+            f"Read on {harmful} harmful and {harmless} harmless prompts at {len(self.sites)} "
+            f"sites; {len(self.comparisons)} comparisons, {len(self.library)} unrelated contrasts."
+        )
+        head = ("question", "answer", "because")
+        return table(f"Comparison of directions of {self.model}", rows, head=head, note=note)
+
+    def plot(self, pair: str | None = None) -> alt.LayerChart:
+        """Draw the cosines of one kind of pair by depth, before the null's band; an Altair chart.
+
+        Args:
+            pair: As in `Placed`, such as "em and refusal"; None: the first that was compared.
+
+        Raises:
+            UnknownNameError: No such pair was compared.
+            ConfigError: Nothing was.
+        """
+        lines: dict[str, dict[str, list[Comparison]]] = {}
+        for one in self.comparisons:
+            on = "" if one.read_on == "base" else f", on {one.read_on}"
+            name = f"{one.row.a} and {one.row.b}, {one.place}{on}"
+            lines.setdefault(one.pair, {}).setdefault(name, []).append(one.row)
+        if pair is not None and pair not in lines:
+            raise UnknownNameError.among(lines, kind="compared pair", name=pair)
+        return plot_by_depth(lines[pair or next(iter(lines))] if lines else {})
 
 
 def read_compare(path: Path) -> CompareRecord:

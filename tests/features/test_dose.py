@@ -375,6 +375,14 @@ def test_several_sites_are_matched_one_after_the_other(made, parts, tokens):
         tokens=tokens, others=[both(3)], directions=1, wordings=(),
     )  # fmt: skip
     own, *rest = [p for p in found.row.points if p.dose]
+    # The later site is read with the earlier one's clamp in force.
+    batch = made.model.encode(prompts(4, harmful=False, seed=2))
+    late, early = (one.clamp("min-clamp", 1.0) for one in both(0))
+    first = Tokens(made.model, batch, early.bank)
+    with clamping(made.model, early):
+        second = Tokens(made.model, batch, late.bank)
+    total = first.share(early.bank, early.rule) + second.share(late.bank, late.rule)
+    assert own.norm_share["harmless"].value == pytest.approx(total, rel=1e-9)
     for point in rest:
         if point.family in ("other latents", "random direction"):
             assert point.norm_share["harmless"].value == pytest.approx(

@@ -314,6 +314,11 @@ class Edit:
     acts: tuple[Intervention, ...] = ()
     wording: Wording | None = None
 
+    @property
+    def movers(self) -> tuple[Clamp, ...]:
+        """Clamps that say how far tokens are moved, whatever along."""
+        return self.clamps or tuple(act.clamp for act in self.acts if isinstance(act, Turned))
+
     @contextmanager
     def holding(self, model: Model) -> Iterator[None]:
         """Inside, the edit is in force."""
@@ -372,6 +377,49 @@ def _axis(direction: Direction, like: Bank) -> Bank:
 # How far tokens are moved -------------------------------------------------------------------------
 
 
+class _Passing:
+    """Edited tokens at the sites of banks, kept as passes bring them by.
+
+    What is put in force after `watching` began is not seen at its own site, only behind it.
+    """
+
+    def __init__(self, model: Model, banks: Sequence[Bank]) -> None:
+        self.model, self.banks = model, banks
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what came by."""
+        self.held: dict[Site, list[Tensor]] = {
+            site: [] for bank in self.banks for site in (bank.site, bank.writes) if site
+        }
+        self.owners: dict[Site, list[Tensor]] = {site: [] for site in self.held}
+
+    @contextmanager
+    def watching(self) -> Iterator[_Passing]:
+        """Inside, tokens are kept."""
+        with ExitStack() as undo:
+            for site in self.held:
+                undo.callback(self.model.intercept(site, partial(self._keep, site=site)))
+            yield self
+
+    def _keep(self, x: Tensor, site: Site) -> Tensor:
+        chunk = self.model.chunk
+        if chunk is not None and not chunk.is_prefix and chunk.rows is not None:
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+            for span in EDITED:
+                mask |= chunk.spans.get(span, torch.zeros_like(mask))
+            self.held[site].append(x.detach()[mask.to(x.device)].cpu())
+            self.owners[site].append(chunk.rows.unsqueeze(1).expand_as(mask)[mask])
+        return x
+
+    def taken(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens where a bank reads and where it writes, and the number of each one's prompt."""
+        bank = self.banks[number]
+        assert bank.writes is not None
+        read, written = (torch.cat(self.held[site]) for site in (bank.site, bank.writes))
+        return read, written, torch.cat(self.owners[bank.writes])
+
+
 class Tokens:
     """Tokens of some prompts at the site of a bank, to ask how far rules would move them.
 
@@ -382,30 +430,23 @@ class Tokens:
     """
 
     def __init__(self, model: Model, batch: TokenBatch, bank: Bank) -> None:
-        assert bank.writes is not None
-        self.n = len(batch)
-        held: dict[Site, list[Tensor]] = {bank.site: [], bank.writes: []}
-        owners: list[Tensor] = []
-
-        def keep(x: Tensor, site: Site) -> Tensor:
-            chunk = model.chunk
-            if chunk is not None and not chunk.is_prefix and chunk.rows is not None:
-                mask = torch.zeros(x.shape[:2], dtype=torch.bool)
-                for span in EDITED:
-                    mask |= chunk.spans.get(span, torch.zeros_like(mask))
-                held[site].append(x.detach()[mask.to(x.device)].cpu())
-                if site == bank.writes:
-                    owners.append(chunk.rows.unsqueeze(1).expand_as(mask)[mask])
-            return x
-
-        with ExitStack() as undo, model.prefix_kept():
-            for site in held:
-                undo.callback(model.intercept(site, partial(keep, site=site)))
+        with _Passing(model, [bank]).watching() as seen, model.prefix_kept():
             for index in batch.passes(tokens=model.tokens_per_pass):
                 model.read(batch.rows(index))
-        self.read = torch.cat(held[bank.site])
-        self.norms = torch.cat(held[bank.writes]).float().norm(dim=1).double().clamp_min(1e-30)
-        self.owner: Int[Tensor, " token"] = torch.cat(owners)
+        self._fill(*seen.taken(0), len(batch))
+
+    @classmethod
+    def seen(cls, passing: _Passing, number: int, n: int) -> Tokens:
+        """Those that came by at one of the banks that were watched, of `n` prompts."""
+        made = cls.__new__(cls)
+        made._fill(*passing.taken(number), n)
+        return made
+
+    def _fill(self, read: Tensor, written: Tensor, owner: Tensor, n: int) -> None:
+        self.n = n
+        self.read = read
+        self.norms = written.float().norm(dim=1).double().clamp_min(1e-30)
+        self.owner: Int[Tensor, " token"] = owner
         self.known: dict[int, tuple[Bank, Tensor, Tensor]] = {}
 
     def shares(self, bank: Bank, rule: Rule) -> Float[Tensor, " token"]:
@@ -624,6 +665,33 @@ class Arm:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Moves:
+    """How far an edit moves tokens, as shares of their norms.
+
+    Attributes:
+        by_prompt: Mean over a prompt's tokens, summed over sites.
+        moved: Share of tokens that are moved at all, at the site where it is largest.
+        size: Mean share of those that are, likewise.
+    """
+
+    by_prompt: Values
+    moved: float
+    size: float
+
+
+def _moves(passing: _Passing, clamps: Sequence[Clamp], n: int) -> Moves:
+    total, moved, size = np.zeros(n), 0.0, 0.0
+    for number, clamp in enumerate(clamps):
+        tokens = Tokens.seen(passing, number, n)
+        shares = tokens.shares(clamp.bank, clamp.rule)
+        total += tokens.by_prompt(shares)
+        there = shares > 0
+        moved = max(moved, float(there.double().mean()))
+        size = max(size, float(shares[there].mean()) if bool(there.any()) else 0.0)
+    return Moves(total, moved, size)
+
+
 @dataclass(slots=True, eq=False)
 class _Found:
     """Per-prompt numbers of one arm."""
@@ -631,6 +699,7 @@ class _Found:
     arm: Arm
     odds: dict[str, Values]
     kl: Values
+    moves: dict[str, Moves]
     losses: Values | None = None
     scores: list[Values] | None = None
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
@@ -690,55 +759,31 @@ class _Bench:
             self.plain_tokens[key] = Tokens(self.model, self.batches[on], bank)
         return self.plain_tokens[key]
 
-    def shares(self, on: str, edit: Edit) -> tuple[Values, float, float] | None:
-        """Norm share by prompt, share of tokens moved, and mean share of those that are."""
-        total, moved, size = np.zeros(len(self.prompts[on])), 0.0, 0.0
-        clamps = [
-            *edit.clamps,
-            *(act.clamp for act in edit.acts if isinstance(act, Turned)),
-        ]
-        if not clamps:
-            return None
-        before: tuple[Clamp | Turned, ...] = ()
-        acts = edit.clamps or tuple(act for act in edit.acts if isinstance(act, Turned))
-        for one, clamp in zip(acts, clamps, strict=True):
-            if before:
-                held = Edit(
-                    clamps=tuple(b for b in before if isinstance(b, Clamp)),
-                    acts=tuple(b for b in before if isinstance(b, Turned)),
-                )
-                with held.holding(self.model):
-                    tokens = Tokens(self.model, self.batches[on], clamp.bank)
-            else:
-                tokens = self.tokens_at(on, clamp.bank)
-            shares = tokens.shares(clamp.bank, clamp.rule)
-            total += tokens.by_prompt(shares)
-            there = shares > 0
-            moved = max(moved, float(there.double().mean()))
-            size = max(size, float(shares[there].mean()) if bool(there.any()) else 0.0)
-            before = (*before, one)
-        return total, moved, size
-
     def run(self, arm: Arm) -> _Found:
         """Everything that is asked of an arm."""
         edit, wording = arm.edit, arm.edit.wording
         said = wording if wording is not None else str
         model = wording.on(self.model) if wording is not None else self.model
         changed = wording is not None
+        logits: dict[str, Tensor] = {}
+        moves: dict[str, Moves] = {}
+        passing = _Passing(model, [one.bank for one in edit.movers])
+        with passing.watching(), edit.holding(model):
+            for on, texts in self.prompts.items():
+                passing.clear()
+                passes = self.passes[on]
+                if wording is not None:
+                    passes = Passes(model, model.encode([wording(text) for text in texts]))
+                logits[on] = passes.logits()
+                if edit.movers:
+                    moves[on] = _moves(passing, edit.movers, len(texts))
+        found = _Found(
+            arm,
+            {on: refusal_logodds(own, self.tokens.ids).numpy() for on, own in logits.items()},
+            kl_divergence(self.logits["harmless"], logits["harmless"]).numpy(),
+            moves,
+        )
         with edit.holding(model):
-            logits = {
-                on: (
-                    Passes(model, model.encode([said(text) for text in texts])).logits()
-                    if changed
-                    else self.passes[on].logits()
-                )
-                for on, texts in self.prompts.items()
-            }
-            found = _Found(
-                arm,
-                {on: refusal_logodds(own, self.tokens.ids).numpy() for on, own in logits.items()},
-                kl_divergence(self.logits["harmless"], logits["harmless"]).numpy(),
-            )
             if arm.costly and self.text is not None and not changed:
                 found.losses = text_losses(model, self.text)
             if arm.costly and self.items:
@@ -970,11 +1015,9 @@ def _point(bench: _Bench, plain: _Found, found: _Found) -> DosePoint:
     share: dict[str, Estimate] = {}
     moved: dict[str, float] = {}
     large = False
-    for on in bench.prompts:
-        sizes = bench.shares(on, arm.edit)
-        if sizes is not None:
-            share[on], moved[on] = mean(sizes[0]), sizes[1]
-            large = large or sizes[2] > LARGE
+    for on, sizes in found.moves.items():
+        share[on], moved[on] = mean(sizes.by_prompt), sizes.moved
+        large = large or sizes.size > LARGE
     on = None if arm.dose is None else "harmful" if arm.dose.aim == "bypass" else "harmless"
     reached = None
     if arm.target is not None and on is not None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from demur.compare.rows.record import CompareRecord
+from demur.evals.rows import EvaluationRecord
 from demur.features.rows.record import FeaturesRecord
 from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
@@ -16,6 +17,7 @@ SCHEMAS = {
     "compare": CompareRecord,
     "features": FeaturesRecord,
     "hydra": HydraRun,
+    "evaluation": EvaluationRecord,
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 
 from demur import errors
 from demur.compare.rows.record import CompareRecord
+from demur.evals.rows import EvaluationRecord
 from demur.features.rows.record import FeaturesRecord
 from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
@@ -34,6 +35,7 @@ def test_every_error_class_is_explained():
         ("compare", CompareRecord),
         ("features", FeaturesRecord),
         ("hydra", HydraRun),
+        ("evaluation", EvaluationRecord),
     ],
 )
 def test_the_published_schema_is_that_of_the_code(name, model):

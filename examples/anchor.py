@@ -1,7 +1,7 @@
 """Make an anchor that holds refusal, and see what it does under attack and to benign requests.
 
     python examples/anchor.py --out charts          # minutes on two cores
-    python examples/anchor.py --quick --out charts  # about a minute, on too few prompts to tell
+    python examples/anchor.py --quick --out charts  # a minute or two, too few prompts to tell
 
 The attack here edits activations: the refusal direction is ablated before the anchor's own hooks.
 `demur anchor fit` also chooses layers, strength and reads of the reply, and `demur anchor evaluate`
@@ -25,7 +25,7 @@ options = argparse.ArgumentParser()
 options.add_argument("--quick", action="store_true")
 options.add_argument("--out", type=Path, default=Path("charts"))
 given, _ = options.parse_known_args()  # A notebook's own arguments are left alone.
-n = 8 if given.quick else 60
+n, tokens = (8, 16) if given.quick else (60, 48)  # Prompts a class, and tokens of a reply.
 given.out.mkdir(parents=True, exist_ok=True)
 if given.quick:
     print(f"quick: {n} prompts a class prove nothing; intervals say how little")
@@ -34,7 +34,7 @@ if given.quick:
 model = demur.load("smollm2")  # With the refusal adapter that demur ships.
 few = {
     "alpha": 0.2,
-    "most": 80,
+    "most": 70,
     "depth": (0.48, 0.52),
     "wrappers": ("prefix_injection", "style_constraint", "authority_claim"),
     "wrapped": 0,
@@ -50,10 +50,10 @@ print(f"gate: reads {guard.site}; {seen.exceeded} of {seen.n} benign calibration
 # %% Replies to learn from: where refusing and complying ones stand in the stream
 judge = judges.make("patterns")
 near = "contrast_pairs?kind=near"
-harmful = demur.load_prompts(f"{near}&label=harmful&split=fit").texts[: 3 * n]
-harmless = demur.load_prompts(f"{near}&label=harmless&split=fit").texts[: 3 * n]
+harmful = demur.load_prompts(f"{near}&label=harmful&split=fit").texts[: 2 * n]
+harmless = demur.load_prompts(f"{near}&label=harmless&split=fit").texts[: 2 * n]
 prompts = [*harmful, *harmless]
-replies = model.generate(prompts, max_new_tokens=24)
+replies = model.generate(prompts, max_new_tokens=tokens)
 verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)])
 told = Told(
     tuple(prompts),
@@ -79,7 +79,7 @@ direction
 # %% Held-out requests; an anchor comes last, so that it sees the edits in force before it
 asked = {
     "harmful": demur.load_prompts(f"{near}&label=harmful&split=report").texts[:n],
-    "harmless": demur.load_prompts("plain?split=report + lookalikes?split=report").texts[:n],
+    "harmless": demur.load_prompts("lookalikes?split=report + plain?split=report").texts[:n],
 }
 cases = [
     ("harmful", "plain", ()),
@@ -94,7 +94,7 @@ refused = {}
 for kind, name, acts in cases:
     texts = asked[kind]
     with demur.applied(model, *acts):
-        replies = model.generate(texts, max_new_tokens=24)
+        replies = model.generate(texts, max_new_tokens=tokens)
     verdicts = judge([Exchange(p, r.text) for p, r in zip(texts, replies, strict=True)])
     refused[kind, name] = [one.outcome is Outcome.REFUSED for one in verdicts]
 

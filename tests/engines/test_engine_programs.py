@@ -110,7 +110,7 @@ def test_edits_are_those_of_the_reference(model, direction, which, chunk):
 
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_moments_reduced_inside_are_those_of_the_reference(model, direction, chunk):
-    prompts = [f"{n} {text}" for n in range(20) for text in PROMPTS]
+    prompts = [f"{n} {text}" for n in range(10) for text in PROMPTS]
     sites = [Site(layer, "resid_post") for layer in (0, 2)]
     act = Add(direction, 0.5)
     with applied(model, act):

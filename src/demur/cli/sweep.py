@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from demur.sweep import Event, Plan, Sweep
 
 
+_QUIET = 30.0  # Seconds after which it is told how far a long task is.
+
+
 def sweep(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="TOML: models, estimators, seeds.")
@@ -94,16 +97,20 @@ def _say_load(workers: int, threads: int) -> None:
 
 
 class _Watch:
-    """A line for each task that ends; of many that end within a second, one."""
+    """A line for each task that ends; of many within a second one, and one after a quiet while."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.last = quiet, 0.0
 
     def __call__(self, event: Event) -> None:
-        if self.quiet or event.kind in ("started", "progress"):
-            return
         now, task = time.monotonic(), event.task
-        if event.kind == "finished":
+        if self.quiet or event.kind == "started":
+            return
+        if event.kind == "progress":
+            if now - self.last < _QUIET:
+                return
+            what = "{stage}, {done} of {total}".format(**event.about)
+        elif event.kind == "finished":
             if task.kind != "cell" and now - self.last < 1.0:
                 return
             what = f"{talk.duration(event.seconds)}"

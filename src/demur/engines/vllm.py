@@ -344,7 +344,6 @@ class Engine:
                     "options": self._options,
                     "adapters": self.adapters,
                     "lora_rank": self._lora_rank,
-                    "environment": {},
                 },
                 within_s=self._start_within_s,
                 failing=ModelLoadError,
@@ -376,12 +375,13 @@ class Engine:
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",  # Hooks need eager mode; a few helpers would be compiled.
             # Threads that spin while they wait take the cores from each other.
             "OMP_WAIT_POLICY": "passive",
             "GOMP_SPINCOUNT": "0",
         }
 
-    def close(self, *, within_s: float = 20.0) -> None:
+    def close(self, *, within_s: float = 60.0) -> None:
         """End the process and all its ranks, by force if it takes longer."""
         process = self._process
         if process is None:

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -44,7 +45,6 @@ class Worker:
 
     def load(self, head: Mapping[str, Any]) -> Message:
         """Load a folder; answers with what the model is."""
-        os.environ.update({str(k): str(v) for k, v in head["environment"].items()})
         from vllm import LLM  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
@@ -152,6 +152,12 @@ class Worker:
             out,
         )
 
+    def close(self) -> None:
+        """End the ranks in order, so that they leave no shared memory behind."""
+        if self.llm is not None:
+            with suppress(AttributeError):  # Of another version: then they end with the process.
+                self.llm.llm_engine.engine_core.shutdown()
+
     def _cpu_s(self) -> float:
         """Seconds of all cores, of this process and of every rank."""
         return time.process_time() + sum(self.llm.collective_rpc("demur_cpu_s"))
@@ -195,6 +201,7 @@ def main() -> None:
         except Exception as error:  # Whatever vLLM raises is told, and the process lives on.
             told = _refused(error)
         send(writing, told)
+    worker.close()
 
 
 if __name__ == "__main__":

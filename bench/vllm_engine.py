@@ -306,7 +306,8 @@ def main() -> None:
                     "isolation": isolation(engine, prompts[:32], direction),
                 }
             else:
-                key = f"speed, {args.tensor_parallel} ranks" + (", LoRA" if args.lora else "")
+                key = f"speed, {args.tensor_parallel} ranks, {args.threads} threads in process"
+                key += ", LoRA" if args.lora else ""
                 rows = speed(
                     fast, engine, prompts, direction, new=args.tokens, repeats=args.repeats
                 )

@@ -99,11 +99,15 @@ for kind, name, acts in cases:
     refused[kind, name] = [one.outcome is Outcome.REFUSED for one in verdicts]
 
 # %% How often the gate opens, and what is refused; replies to harmful requests are never shown
-for kind, texts in asked.items():
-    with anchor.holding(model) as holding:
-        model.generate(texts, max_new_tokens=1)
+for kind, name, acts in [
+    ("harmful", "plain", ()),
+    ("harmful", "attacked", (attack,)),  # The gate reads the stream that the attack has edited.
+    ("harmless", "plain", ()),
+]:
+    with demur.applied(model, *acts), anchor.holding(model) as holding:
+        model.generate(asked[kind], max_new_tokens=1)
     opened = sum(trace.opened is not None for trace in holding.traces)
-    print(f"gate opened, {kind}: {proportion(opened, len(texts))}")
+    print(f"gate opened, {kind}, {name}: {proportion(opened, len(asked[kind]))}")
 for (kind, name), flags in refused.items():
     print(f"refused, {kind}, {name}: {proportion(sum(flags), len(flags))}")
 for name in ("attacked, anchored", "attacked, gate always open"):

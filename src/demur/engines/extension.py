@@ -34,7 +34,8 @@ def _counted(extension: Any, layer: int, output: Any) -> Any:
     except Exception as error:
         # The plug-in now drops what every request of this batch was given at this layer, those
         # that fired before the error too: none of it is committed.
-        extension.demur_raised.append(f"a hook at block {layer} raised {error!r}"[:400])
+        if len(extension.demur_raised) < 8:
+            extension.demur_raised.append(f"a hook at block {layer} raised {error!r}"[:400])
         raise
     for program, at, place, tokens, edits in _fired:
         if edits and changed is None:
@@ -94,7 +95,7 @@ class Extension(plugin.HiddenStatesExtension):  # pyright: ignore[reportUntypedB
         self._hook_data.pop(key, None)
         program = self.demur_programs.pop(key, None)
         self._hook_contexts.clear()
-        raised = self.demur_raised[:8]
+        raised = list(self.demur_raised)
         if not self.demur_programs:
             self.demur_raised.clear()
         if program is None:

@@ -129,6 +129,13 @@ def _look_at_torch() -> Iterator[_Finding]:
         yield _Finding("cuda", "none; models run on the CPU")
     if torch.backends.mps.is_available():
         yield _Finding("mps", "available")
+    engine = os.environ.get("DEMUR_VLLM_PYTHON")
+    if engine is None:
+        yield _Finding("vllm", "none named; only if you use it: scripts/setup-vllm", "note")
+    elif not Path(engine).exists():
+        yield _Finding("vllm", f"DEMUR_VLLM_PYTHON names {engine}, which is not there", "missing")
+    else:
+        yield _Finding("vllm", engine)
 
 
 def _look_at_data() -> Iterator[_Finding]:

@@ -87,6 +87,7 @@ T = TypeVar("T")
 RECORD, REPLIES = "features.json", "features-replies.jsonl"
 PARTS = ("dose", "multiturn", "sensor")
 """What a run can do without."""
+_LIFTED = 0.25  # Of q99: at a whole one the shipped set writes no language.
 _OPENERS = 40  # Prompts of each class whose replies tell what refusals begin with.
 _NAMES = {"fit": "discover", "select": "verify", "calibrate": "calibrate", "report": "report"}
 
@@ -612,7 +613,7 @@ class _Run:
         asked = self.about(
             "top", "densest", "steps", "nulls", "delta", "most", "dosed", "others", "generated",
             "reply_tokens", "lookalikes", "choices", "judge",
-        )  # fmt: skip
+        ) | {"doses": [str(dose) for dose in DOSES]}  # fmt: skip
 
         def compute() -> tuple[DoseResponse, tuple[ArmReply, ...]]:
             others = self._others()
@@ -659,12 +660,14 @@ class _Run:
             return None
         asked = self.about(
             "top", "densest", "steps", "nulls", "delta", "most", "reply_tokens", "judge"
-        )
+        ) | {"lifted": _LIFTED}
 
         def compute() -> tuple[Multiturn, tuple[ArmReply, ...]]:
             arms = {
                 "set off": Edit(clamps=tuple(one.clamp("zero") for one in self.set)),
-                "set lifted": Edit(clamps=tuple(one.clamp("min-clamp", 0.25) for one in self.set)),
+                "set lifted": Edit(
+                    clamps=tuple(one.clamp("min-clamp", _LIFTED) for one in self.set)
+                ),
                 "dense direction ablated": Edit(acts=(Ablate(self.dense),)),
             }
             scripts = scripts_from()

@@ -45,11 +45,12 @@ class Worker:
 
     def load(self, head: Mapping[str, Any]) -> Message:
         """Load a folder; answers with what the model is."""
+        options: dict[str, Any] = dict(head["options"])
+        adapters: dict[str, str] = dict(head["adapters"])
+
         from vllm import LLM  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        options: dict[str, Any] = dict(head["options"])
-        adapters: dict[str, str] = dict(head["adapters"])
         if adapters:
             options |= {"enable_lora": True, "max_lora_rank": int(head["lora_rank"])}
             options["max_loras"] = len(adapters)

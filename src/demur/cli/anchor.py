@@ -8,14 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from demur.anchor import Anchor
-    from demur.config import ModelSettings
-    from demur.results import (
-        AnchorEvaluation,
-        BatteryRow,
-    )
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -35,6 +27,12 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+
+if TYPE_CHECKING:
+    from demur.anchor import Anchor
+    from demur.config import ModelSettings
+    from demur.results import AnchorEvaluation, BatteryRow
+
 
 app = typer.Typer(
     no_args_is_help=True,

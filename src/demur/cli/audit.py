@@ -8,14 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from demur.config import RunConfig
-    from demur.pipeline import AuditRun
-    from demur.results import (
-        AuditResults,
-        Leg,
-    )
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -37,6 +29,11 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+
+if TYPE_CHECKING:
+    from demur.config import RunConfig
+    from demur.pipeline import AuditRun
+    from demur.results import AuditResults, Leg
 
 
 def audit(

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -23,6 +20,9 @@ from demur.cli.options import (
     Revision,
     RunSeed,
 )
+
+if TYPE_CHECKING:
+    pass
 
 
 def compare(

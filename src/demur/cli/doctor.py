@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from demur.cli import talk
+from demur.cli.options import Json, Out
+from demur.cli.prompts import packaged_sets
 from demur.errors import DemurError
 
 if TYPE_CHECKING:
     pass
-
-from demur.cli import talk
-from demur.cli.options import (
-    Json,
-    Out,
-)
-from demur.cli.prompts import packaged_sets
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from demur.cli import inputs, talk
+from demur.cli.options import Device, Dtype, Json, NewTokens, Quiet, RunSeed
+
 if TYPE_CHECKING:
-    from demur.results import (
-        EmAudit,
-    )
+    from demur.results import EmAudit
     from demur.stats import Estimate
 
-from demur.cli import inputs, talk
-from demur.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    NewTokens,
-    Quiet,
-    RunSeed,
-)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,13 +104,7 @@ def em_audit(
         with listener.stage("starting torch", 1) as advance:
             from demur.em.advice import ADVICE
             from demur.models import load
-            from demur.pipeline.em import (
-                EmSettings,
-                adapter_of,
-                audit_em,
-                base_of,
-                find_organisms,
-            )
+            from demur.pipeline.em import EmSettings, adapter_of, audit_em, base_of, find_organisms
             from demur.pipeline.folder import slug
             from demur.report import write_em
 

@@ -9,11 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from demur.errors import ConfigError
-
-if TYPE_CHECKING:
-    from demur.evals.rows import Delta, EvaluationRecord, ItemRow
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -30,6 +25,10 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+from demur.errors import ConfigError
+
+if TYPE_CHECKING:
+    from demur.evals.rows import Delta, EvaluationRecord, ItemRow
 
 
 def evaluate(

@@ -9,14 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from demur.errors import ConfigError, StoreError
-
-if TYPE_CHECKING:
-    from demur.directions import Direction
-    from demur.exports import Imported, Steering
-    from demur.interventions import Intervention
-    from demur.models import Model
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -31,6 +23,14 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+from demur.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from demur.directions import Direction
+    from demur.exports import Imported, Steering
+    from demur.interventions import Intervention
+    from demur.models import Model
+
 
 _EDITS = Literal["ablate", "add", "subtract"]
 _RUN_DIRECTION = "directions.safetensors"

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -25,6 +22,10 @@ from demur.cli.options import (
     Revision,
     RunSeed,
 )
+
+if TYPE_CHECKING:
+    pass
+
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,13 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from demur.errors import ConfigError
-
-if TYPE_CHECKING:
-    from demur.directions import Direction
-    from demur.interventions import Holder, Intervention
-    from demur.models import Model
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -28,6 +21,12 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+from demur.errors import ConfigError
+
+if TYPE_CHECKING:
+    from demur.directions import Direction
+    from demur.interventions import Holder, Intervention
+    from demur.models import Model
 
 
 def generate(

@@ -9,16 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from demur.errors import DemurError, PromptFileError
-
-if TYPE_CHECKING:
-    from demur.guard import Guard
-    from demur.models import Conversation
-    from demur.results import (
-        GuardEvaluation,
-        GuardRow,
-    )
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -38,6 +28,13 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+from demur.errors import DemurError, PromptFileError
+
+if TYPE_CHECKING:
+    from demur.guard import Guard
+    from demur.models import Conversation
+    from demur.results import GuardEvaluation, GuardRow
+
 
 app = typer.Typer(
     no_args_is_help=True,

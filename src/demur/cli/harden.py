@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from demur.harden import HardeningReport
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -24,6 +21,9 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+
+if TYPE_CHECKING:
+    from demur.harden import HardeningReport
 
 
 def harden(

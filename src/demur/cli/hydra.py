@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -24,6 +21,9 @@ from demur.cli.options import (
     Revision,
     RunSeed,
 )
+
+if TYPE_CHECKING:
+    pass
 
 
 def hydra(

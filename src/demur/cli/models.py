@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from demur.models import CheckReport
-
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
@@ -27,6 +24,10 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+
+if TYPE_CHECKING:
+    from demur.models import CheckReport
+
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List model families; prove one by numbers."

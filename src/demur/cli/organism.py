@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from demur.cli import inputs, talk
+from demur.cli.options import Json, Quiet
 from demur.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,11 +20,6 @@ if TYPE_CHECKING:
     from demur.models import Model
     from demur.organisms import Recipe, TrainingReport, Verification
 
-from demur.cli import inputs, talk
-from demur.cli.options import (
-    Json,
-    Quiet,
-)
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Models trained to have a known refusal."

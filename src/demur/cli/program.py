@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from demur.cli import talk
+
 if TYPE_CHECKING:
     pass
 
-from demur.cli import talk
 
 _RESUMABLE = ("audit", "organism", "harden", "em", "compare", "features", "hydra", "sweep")
 # Set before torch is imported: idle threads of OpenMP otherwise spin, and on a shared machine two

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from demur.cli import talk
+from demur.cli.options import Json
 from demur.errors import ConfigError, PromptFileError
 
 if TYPE_CHECKING:
     from demur.gates import Gate
     from demur.prompts import PromptSet
 
-from demur.cli import talk
-from demur.cli.options import (
-    Json,
-)
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Check, compare and list prompt sets."

@@ -8,11 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from demur.results import (
-        SeparationResults,
-    )
-
 from demur.cli import inputs, talk
 from demur.cli.audit import audited
 from demur.cli.options import (
@@ -35,6 +30,9 @@ from demur.cli.options import (
     Thinking,
     TrustRemoteCode,
 )
+
+if TYPE_CHECKING:
+    from demur.results import SeparationResults
 
 
 def separate(

@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from demur.cli import inputs, talk
+from demur.cli.options import Adapter, Device, Dtype, ModelName, NoAdapter, Quiet, Revision
 from demur.errors import ConfigError
 
 if TYPE_CHECKING:
     pass
-
-from demur.cli import inputs, talk
-from demur.cli.options import (
-    Adapter,
-    Device,
-    Dtype,
-    ModelName,
-    NoAdapter,
-    Quiet,
-    Revision,
-)
 
 
 def serve(

@@ -7,10 +7,10 @@ TOML, and the run folder keeps it as `config.toml`.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -359,19 +359,30 @@ def read_config(path: Path | None = None, changes: Mapping[str, Any] | None = No
         ) from error
 
 
-def _why(error: Any) -> str:
-    if error["type"] != "extra_forbidden":
-        return error["msg"]
-    section: Any = RunConfig
-    *path, key = error["loc"]
+def no_such_setting(root: Any, loc: Sequence[str | int]) -> str:
+    """What to say of a setting that is unknown, with the name that was probably meant.
+
+    Args:
+        root: The pydantic model that was to be made.
+        loc: Where in it; numbers are places in a list.
+    """
+    section: Any = root
+    *path, key = loc
     for part in path:
-        if not hasattr(section, "model_fields"):
-            return "no such setting"  # Within a list.
-        section = section.model_fields[part].annotation
+        if isinstance(part, int):
+            section = next(iter(get_args(section)), None)
+        elif hasattr(section, "model_fields"):
+            section = section.model_fields[part].annotation
     if not hasattr(section, "model_fields"):
         return "no such setting"
     near = get_close_matches(str(key), section.model_fields, n=1)
     return f"no such setting, did you mean `{near[0]}`?" if near else "no such setting"
+
+
+def _why(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return no_such_setting(RunConfig, error["loc"])
+    return error["msg"]
 
 
 def as_toml(config: RunConfig) -> str:

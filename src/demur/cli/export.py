@@ -334,7 +334,7 @@ def _rows(found: Imported) -> list[dict[str, Any]]:
 
 def _write_direction(found: Imported, out: Path, layer: int | None, model: Model | None) -> None:
     from demur.directions import save_direction
-    from demur.exports.native import identity
+    from demur.exports.base import identity, of_model
 
     several = [one for one in found.directions if layer in (None, one.site.layer)]
     if len(several) != 1:
@@ -346,12 +346,7 @@ def _write_direction(found: Imported, out: Path, layer: int | None, model: Model
     about = identity(found.about)
     if not about.get("fingerprint") and model is not None:
         about = {
-            "model": model.name,
-            "revision": model.revision,
-            "adapter": model.adapter,
-            "fingerprint": model.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "template_hash": model.template.hash if model.template is not None else None,
+            **of_model(model),
             "taken_to_be": "of this model on the word of whoever imported it",
         }
     save_direction(several[0], out, about={**about, "imported_from": found.kind})

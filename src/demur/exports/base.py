@@ -254,3 +254,21 @@ def of_layers(
             )
         units.append(vector.double() / length)
     return Imported(kind, steering_of(about, units), about, notes)
+
+
+def identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model, weights and template something is of."""
+    keys = ("model", "revision", "adapter", "fingerprint", "dtype", "template_hash", "load")
+    return {key: about[key] for key in keys if key in about}
+
+
+def of_model(model: Model) -> dict[str, Any]:
+    """The same of a loaded model, but for how it was loaded."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "adapter": model.adapter,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "template_hash": model.template.hash if model.template is not None else None,
+    }

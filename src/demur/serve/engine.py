@@ -29,6 +29,7 @@ from demur.models import Chunk, Conversation, Model, TokenBatch
 from demur.models.decoding import Sampling, buffers
 from demur.serve.edits import Edit
 from demur.serve.errors import RequestError, broken, busy, closing, late
+from demur.serve.layout import roomy
 from demur.serve.rows import Enough, Hold, Sites, check_read, held_by
 from demur.serve.scores import Score, Spelling, scored
 from demur.serve.settings import ServeSettings
@@ -674,11 +675,11 @@ class Engine:
         others = self._batch.rows if self._batch is not None else []
         self._sites.forget()
         self._sites.set([row.hold for row in [*others, *rows] if not row.over])
-        whole = _laid_out(rows, self.model.pad_id)
+        whole = _laid_out(rows, self.model)
         apart = [i for i, row in enumerate(rows) if row.hold.edits and row.hold.guarded]
         apart = [i for i in apart if rows[i].hold.scored is None]
         if apart:  # The guard reads what the client has not edited.
-            some = _laid_out([rows[i] for i in apart], self.model.pad_id)
+            some = _laid_out([rows[i] for i in apart], self.model)
             self._sites.guard_only = True
             try:
                 with suppress(Enough):
@@ -719,7 +720,9 @@ class Engine:
         for at in range(1, len(ids), _PLACES):
             tokens = ids[at : at + _PLACES]
             own = states[front + at - 1 : front + at - 1 + len(tokens)]
-            found += scored(self.model.unembed(own), tokens, row.job.scores)
+            spare = roomy(self.model, len(own)) - len(own)
+            logits = self.model.unembed(torch.nn.functional.pad(own, (0, 0, 0, spare)))
+            found += scored(logits[: len(own)], tokens, row.job.scores)
         return tuple(found)
 
     # A token --------------------------------------------------------------------------------------
@@ -1010,13 +1013,18 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return most
 
 
-def _laid_out(rows: Sequence[_Row], pad_id: int) -> TokenBatch:
-    """Prompts, and what is written behind them so far, padded on the left."""
+def _laid_out(rows: Sequence[_Row], model: Model) -> TokenBatch:
+    """Prompts, and what is written behind them so far, padded on the left to a common width."""
+    pad_id = model.pad_id
+    # Under an anchor the template's end is read apart.
+    apart = rows[0].job.anchor is not None and model.template is not None
+    behind = model.template.n_post if apart and model.template is not None else 0
     parts = []
     for row in rows:
         prompt = row.job.prompt
         parts.append(prompt.with_replies([row.ids], pad_id=pad_id) if row.ids else prompt)
-    width = max(part.ids.shape[1] for part in parts)
+    longest = max(part.ids.shape[1] for part in parts)
+    width = roomy(model, longest - behind) + behind
     pad = torch.nn.functional.pad
     names = {name for part in parts for name in part.spans}
     none = [torch.zeros_like(part.mask) for part in parts]

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from demur.errors import TemplateError
-from demur.models import Conversation, Model, SystemTemplate, Template, conversation_of
+from demur.models import (
+    Conversation,
+    Model,
+    SystemTemplate,
+    Template,
+    TokenBatch,
+    conversation_of,
+)
 
 _KEPT = 32  # Templates with a system message; each renders a dozen dummies once.
 
@@ -72,3 +82,36 @@ def split(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, Conversati
             "a system message stands behind the first turn", "put it in front of all others"
         )
     return ("\n\n".join(lead) if lead else None), conversation_of(rest)
+
+
+def roomy(model: Model, count: int) -> int:
+    """How many tokens to read where `count` are wanted, so that few numbers come up.
+
+    On CPUs, kernels of half precision are made for each number of tokens and kept for good (3 MB
+    each on SmolLM2): a server of prompts of all lengths would grow for days.
+
+    Args:
+        model: Says whether that is so; elsewhere nothing is added.
+        count: Tokens.
+
+    Returns:
+        The next multiple of 8, beyond 128 of an eighth of the power of two beneath.
+    """
+    if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float16):
+        return count
+    step = max(8, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def widened(batch: TokenBatch, columns: int, *, pad_id: int) -> TokenBatch:
+    """The same rows with so many columns of padding in front."""
+    if not columns:
+        return batch
+    pad = torch.nn.functional.pad
+    return replace(
+        batch,
+        ids=pad(batch.ids, (columns, 0), value=pad_id),
+        mask=pad(batch.mask, (columns, 0)),
+        spans={name: pad(span, (columns, 0)) for name, span in batch.spans.items()},
+        shared=0,
+    )

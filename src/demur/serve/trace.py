@@ -22,6 +22,7 @@ from demur.models import Chunk, Model, TokenBatch
 from demur.models.decoding import buffers
 from demur.serve.edits import Edit
 from demur.serve.engine import GateState
+from demur.serve.layout import roomy, widened
 from demur.sites import Span
 
 Null = Literal["covariance", "isotropic"]
@@ -86,6 +87,9 @@ def trace(
     """
     sites = model.stream_sites
     held: Holding | None = None
+    narrow = batch
+    front = _in_front(model, batch, anchored=anchor is not None)
+    batch = widened(batch, front, pad_id=model.pad_id)
     with ExitStack() as undo:
         for edit in edits:
             for site, act in edit.acts(model):
@@ -102,7 +106,7 @@ def trace(
                 for _ in _as_written(model, batch, held)
             ]
         gate = GateState.of(held)
-    rows = torch.cat(parts, dim=1)
+    rows, batch = torch.cat(parts, dim=1)[:, front:], narrow
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError(
             "activations hold NaN or infinity",
@@ -119,6 +123,14 @@ def trace(
     return Traced(tuple(spans), last, tuple(map(str, sites)), rows @ unit, gate, low, high)
 
 
+def _in_front(model: Model, batch: TokenBatch, *, anchored: bool) -> int:
+    """Columns of padding that make what is read at once as long as what others read."""
+    width = batch.ids.shape[1]
+    if anchored:
+        width = int(batch.spans[Span.POST_INSTRUCTION][0].int().argmax())
+    return roomy(model, width) - width
+
+
 def _as_written(model: Model, batch: TokenBatch, held: Holding) -> Iterator[None]:
     """Read a row as it is served: instruction, template, and each token of the reply."""
     assert model.template is not None
@@ -131,7 +143,7 @@ def _as_written(model: Model, batch: TokenBatch, held: Holding) -> Iterator[None
         token, every = low - reply, held.header_every
         if every is not None and token >= 0 and token % every == every - 1:
             ids = torch.cat([batch.ids[:, low:high], header], dim=1)
-            mask = torch.ones(1, low + ids.shape[1], dtype=torch.bool)
+            mask = torch.nn.functional.pad(batch.mask[:, :high], (0, header.shape[1]), value=True)
             spans = {Span.POST_INSTRUCTION: torch.ones(ids.shape, dtype=torch.bool)}
             chunk = _chunk(spans, ids.shape[1], is_peek=True)
             model.extend(ids, mask, chunk, cache)

@@ -200,6 +200,11 @@ def _read(
     take: Callable[[list[int], Tensor], None],
 ) -> None:
     """Hand (indices of prompts, values of shape site, position, prompt, d_model) to `take`."""
+    if not sites or not positions or max(positions) >= 0:
+        raise ConfigError(
+            f"there are {len(sites)} sites and the positions {list(positions)} to read",
+            "name sites, and positions from the end of the prompt: -1 is its last token",
+        )
     whole = model.encode(prompts)
     passes = whole.passes(tokens=model.tokens_per_pass, rows=batch_size)
     held: dict[Site, Tensor] = {}
@@ -219,6 +224,7 @@ def _read(
         return x
 
     with ExitStack() as undo:
+        undo.enter_context(model.owned())
         undo.enter_context(model.prefix_kept())
         if min(positions) < -int((whole.ends - whole.shared).min()):
             undo.enter_context(model.whole_rows())  # It reaches into the shared prefix.
@@ -264,6 +270,7 @@ def collect(
 
     Raises:
         NonFiniteError: A prompt's activations hold NaN or infinity; it is named.
+        ConfigError: There is no site, or a position is not one of the prompt's.
     """
     out: list[Tensor | None] = [None] * len(prompts)
 
@@ -326,6 +333,7 @@ def reading(model: Model, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]
         return x
 
     with ExitStack() as undo:
+        undo.enter_context(model.owned())
         undo.enter_context(model.whole_rows())
         for site in sites:
             undo.callback(model.intercept(site, lambda x, site=site: keep(x, site)))

@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from demur.errors import ConfigError, NonFiniteError, SilentEditError, StoreError
 from demur.guard import (
+    UNPACKING,
     Fisher,
     Guard,
     Look,
@@ -39,17 +39,27 @@ from demur.guard import (
     Scored,
     Threshold,
     columns,
+    count_of,
+    number_of,
     pack_guard,
     pack_read,
+    threshold_of,
     unpack_guard,
     unpack_read,
 )
+from demur.guard import (
+    check_format as check_guard_format,
+)
 from demur.models import Model, Order, TokenBatch
+from demur.models.fingerprint import borrowed, check_made_on
 from demur.progress import Progress
 from demur.sites import Site, Span
-from demur.store import atomic_write
+from demur.store import known_format, read_files, write_files
 
-_FORMAT = "demur-anchor-1"
+_NAME, _VERSION = "demur-anchor", 1
+_FORMAT = f"{_NAME}-{_VERSION}"
+_AGAIN = "`demur anchor fit` writes both files; keep them together"
+_FLOOR = ("axis", "push", "accepted", "refused", "low")  # Tensors of a floor.
 _UPTO = (8, 32)  # Tokens of a reply in each place behind the template's own, but for the last.
 _CALM = 8  # Tokens with nothing to lift after which a row is left alone.
 N_REPLY_PLACES = len(_UPTO) + 1
@@ -353,14 +363,52 @@ class Anchor:
             finally:
                 model.director = None
 
-    def belongs_to(self, model: Model) -> None:
+    def borrowed(self, model: Model) -> tuple[str, ...]:
+        """What a record says of an anchor of another model; nothing of one of its own."""
+        return borrowed("the anchor", self._made_on, model) if self._made_on else ()
+
+    @property
+    def _made_on(self) -> Mapping[str, Any]:
+        """Of its guard; an anchor for comparison has none and says nothing."""
+        detector = self.gate.detector if self.gate is not None else None
+        return detector.about if isinstance(detector, Guard) else {}
+
+    def belongs_to(self, model: Model, *, any_model: bool = False) -> None:
         """Check that this is the model, template and precision that the anchor was fitted on.
+
+        Args:
+            model: As it is loaded.
+            any_model: Check no more than the width, the layers, and that the template ends a prompt
+                with as many tokens: floors are by place behind the prompt.
 
         Raises:
             StoreError: It is another one.
         """
-        if self.gate is not None and isinstance(self.gate.detector, Guard):
-            self.gate.detector.belongs_to(model)
+        detector = self.gate.detector if self.gate is not None else None
+        if not isinstance(detector, Guard):
+            return
+        if not any_model:
+            check_made_on(
+                "the anchor", detector.about, model, again="demur anchor fit", verb="fitted"
+            )
+        detector.belongs_to(model, any_model=True)
+        floors = [one for one in self.actuators if isinstance(one, Floor)]
+        last = max((one.site.layer for one in floors), default=0)
+        if last >= model.n_layers or any(len(one.axis) != model.d_model for one in floors):
+            raise StoreError(
+                f"the anchor acts up to block {last}; {model.name} has {model.n_layers} blocks of "
+                f"width {model.d_model}",
+                "fit an anchor for this model: `demur anchor fit`",
+            )
+        places = {len(one.accepted) for one in floors}
+        own = model.template.n_post + N_REPLY_PLACES if model.template is not None else None
+        if own is not None and places - {own}:
+            raise StoreError(
+                f"the anchor was fitted for prompts that end with {min(places) - N_REPLY_PLACES} "
+                f"tokens of the template, and those of {model.name} end with "
+                f"{own - N_REPLY_PLACES}",
+                "fit an anchor for this template: `demur anchor fit`",
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -584,8 +632,6 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
         ConfigError: `path` does not end in `.safetensors`, or the anchor is one for comparison.
         StoreError: A file could not be written.
     """
-    from safetensors.torch import save
-
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path} is no name for an anchor", "let it end in .safetensors")
     gate = anchor.gate
@@ -596,7 +642,7 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
         )
     tensors, guard = pack_guard(gate.detector)
     for floor in floors:
-        for name in ("axis", "push", "accepted", "refused", "low"):
+        for name in _FLOOR:
             tensors[f"{floor.site}.{name}"] = getattr(floor, name).double().clone()
     replies = [pack_read(read, tensors) for read in gate.replies]
     meta = {
@@ -617,63 +663,90 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
         "canned": anchor.canned,
         "about": dict(anchor.about),
     }
-    atomic_write(path, save(tensors, metadata={"format": _FORMAT}))
-    atomic_write(path.with_suffix(".json"), json.dumps(meta, indent=1, allow_nan=False) + "\n")
+    write_files(path, tensors, meta, head={"format": _FORMAT})
 
 
-def load_anchor(path: Path, model: Model | None = None) -> Anchor:
+def load_anchor(path: Path, model: Model | None = None, *, any_model: bool = False) -> Anchor:
     """Read an anchor and its card back.
 
     Args:
         path: The `.safetensors` file.
         model: If given, the anchor must have been fitted on this very model.
+        any_model: Only shapes and the length of the template's end must be those of the model;
+            `Anchor.borrowed` says what differs.
 
     Raises:
-        StoreError: A file is missing or damaged, or the anchor belongs to another model.
+        StoreError: A file is missing or damaged, was changed after it was written, is of another
+            version, or the anchor belongs to another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    card = path.with_suffix(".json")
+    tensors, meta = read_files(path, what="anchor", again=_AGAIN)
+    known_format(
+        meta.get("format"), path, name=_NAME, what="an anchor", newest=_VERSION,
+        again="demur anchor fit",
+    )  # fmt: skip
     try:
-        meta = json.loads(card.read_text(encoding="utf-8"))
-        if meta["format"] != _FORMAT:
-            raise ValueError(f"its format is {meta['format']!r}, not {_FORMAT!r}")
-        tensors = load_file(path)
-        own = meta["gate"]
-        replies = tuple(ReplyRead(*unpack_read(tensors, one)) for one in own["replies"])
-        gate = Gate(
-            unpack_guard(tensors, meta["guard"]),
-            Threshold(**own["threshold"]),
-            replies,
-            {name: Threshold(**one) for name, one in own["strata"].items()},
-            int(own["window"]),
-            int(own["least"]),
-            int(own["every"]),
-        )
-        floors = tuple(
-            Floor(
-                Site.parse(site),
-                *(tensors[f"{site}.{n}"] for n in ("axis", "push", "accepted", "refused", "low")),
-            )
-            for site in meta["sites"]
-        )
-        anchor = Anchor(
-            gate,
-            floors,
-            float(meta["strength"]),
-            meta["action"],
-            bool(meta["fresh_turn"]),
-            meta["canned"],
-            meta["about"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        check_guard_format(meta["guard"].get("format"), path)
+        anchor = _unpacked(tensors, meta)
+    except StoreError:
+        raise
+    except UNPACKING as error:
         raise StoreError(
-            f"no anchor can be read from {path} and {card.name}: {error}",
-            "`demur anchor fit` writes both files; keep them together",
+            f"no anchor can be read from {path} and {path.stem}.json: {error}", _AGAIN
         ) from error
-    if not floors or not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
-        raise StoreError(f"{path} holds no usable floor", "the file is damaged: fit it again")
     if model is not None:
-        anchor.belongs_to(model)
+        anchor.belongs_to(model, any_model=any_model)
     return anchor
+
+
+def _unpacked(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Anchor:
+    own = meta["gate"]
+    replies = tuple(ReplyRead(*unpack_read(tensors, one)) for one in own["replies"])
+    guard = unpack_guard(tensors, meta["guard"])
+    gate = Gate(
+        guard,
+        threshold_of(own["threshold"]),
+        replies,
+        {name: threshold_of(one) for name, one in own["strata"].items()},
+        count_of(own, "window"),
+        count_of(own, "least"),
+        count_of(own, "every"),
+    )
+    floors = tuple(
+        Floor(Site.parse(site), *(_finite(tensors, f"{site}.{name}") for name in _FLOOR))
+        for site in meta["sites"]
+    )
+    if not floors:
+        raise ValueError("it holds no usable floor")
+    places = {getattr(floor, name).shape for floor in floors for name in _FLOOR[2:]}
+    if len(places) > 1 or len(next(iter(places))) != 1:
+        raise ValueError("its floors have several numbers of places")
+    widths = {len(floor.axis) for floor in floors} | {len(floor.push) for floor in floors}
+    widths |= {len(one.fisher.weight) for one in (*guard.reads, *replies)}
+    if len(widths) > 1:
+        raise ValueError(f"its guard, reads and floors are of the widths {sorted(widths)}")
+    if meta["action"] not in ("floor", "canned") or not isinstance(meta["canned"], str):
+        raise ValueError(f"its action is {meta['action']!r:.40}")
+    for key in ("fresh_turn", "about"):
+        if not isinstance(meta[key], bool if key == "fresh_turn" else dict):
+            raise TypeError(f"`{key}` is {meta[key]!r:.40}")
+    told = meta["about"].get("fingerprint")
+    if told is not None and told != guard.about.get("fingerprint"):
+        raise ValueError("its guard was fitted on another model than its floors")
+    if (strength := number_of(meta, "strength")) < 0:
+        raise ValueError(f"its strength is {strength}")
+    return Anchor(
+        gate,
+        floors,
+        strength,
+        meta["action"],
+        meta["fresh_turn"],
+        meta["canned"],
+        meta["about"],
+    )
+
+
+def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    found = tensors[name]
+    if not found.is_floating_point() or not bool(torch.isfinite(found).all()):
+        raise ValueError(f"the tensor {name} is not finite")
+    return found

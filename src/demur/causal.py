@@ -14,9 +14,10 @@ from torch import Tensor
 from demur.activations import PointMoments
 from demur.directions import Direction
 from demur.edits import as_delta, edited, why_not_exact
-from demur.errors import DemurError
+from demur.errors import DemurError, TooFewPromptsError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
-from demur.evals.judges import Exchange, Judge, Outcome
+from demur.evals.judges import Exchange, Judge, Outcome, verdicts_of
+from demur.evals.rates import refusal_change, refusal_share, refusals
 from demur.interventions import (
     Ablate,
     Add,
@@ -33,11 +34,9 @@ from demur.selection import Passes, RefusalTokens, batched_logits, kl_divergence
 from demur.stats import (
     Estimate,
     holm,
-    mcnemar_p,
     mean,
     null_p,
     paired_change,
-    paired_share_change,
     proportion,
     wilcoxon_p,
 )
@@ -253,7 +252,7 @@ class Replies:
 
     @property
     def refused(self) -> list[bool]:
-        """Per prompt, whether the verdict is a refusal."""
+        """Per prompt, whether the verdict is a refusal; see `demur.evals.rates` for shares."""
         return [outcome is Outcome.REFUSED for outcome in self.outcomes]
 
     def count(self, outcome: Outcome) -> int:
@@ -277,7 +276,7 @@ def _agreed(prompts: Sequence[str], judge: Judge) -> Callable[[list[int], list[s
 
     def until(numbers: list[int], texts: list[str]) -> list[bool]:
         exchanges = [Exchange(prompts[n], text) for n, text in zip(numbers, texts, strict=True)]
-        for number, verdict in zip(numbers, judge(exchanges), strict=True):
+        for number, verdict in zip(numbers, verdicts_of(judge, exchanges), strict=True):
             said.setdefault(number, []).append(verdict.outcome)
         last = [said[number][-_AGREEING:] for number in numbers]
         return [len(one) == _AGREEING and len(set(one)) == 1 for one in last]
@@ -329,7 +328,8 @@ def reply_to(
             seed=seed,
             progress=progress,
         )
-    verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)])
+    exchanges = [Exchange(p, r.text) for p, r in zip(prompts, replies, strict=True)]
+    verdicts = verdicts_of(judge, exchanges)
     return Replies(
         name,
         on,
@@ -344,19 +344,21 @@ def legs(
 ) -> list[Leg]:
     """The table of the causal test: each arm by generated refusals and by refusal log-odds.
 
-    Both measures are paired on prompts; p-values are corrected over all arms of a measure.
+    Both measures are paired on prompts; p-values are corrected over all arms of a measure. Replies
+    without a verdict are counted either way, see `demur.evals.rates`.
     """
     rows: list[dict[str, Any]] = []
     for arm, replies in zip(arms, after, strict=True):
         n = len(replies.texts)
-        first, then = before[arm.on].refused, replies.refused
+        first, then = refusals(before[arm.on].outcomes), refusals(replies.outcomes)
+        changed, p = refusal_change(first, then)
         rows.append(
             {
                 "measure": "refused",
-                "before": proportion(sum(first), n),
-                "after": proportion(sum(then), n),
-                "change": paired_share_change(first, then),
-                "p": mcnemar_p(first, then),
+                "before": refusal_share(first),
+                "after": refusal_share(then),
+                "change": changed,
+                "p": p,
                 "degenerate": proportion(replies.count(Outcome.DEGENERATE), n),
                 "unparsed": replies.count(Outcome.UNPARSED),
             }
@@ -427,6 +429,12 @@ class NeutralText:
         assert model.template is not None
         tokenizer = model.template.tokenizer
         rows = [tokenizer(text)["input_ids"] for text in paragraphs]
+        short = [i for i, row in enumerate(rows, start=1) if len(row) < 2]
+        if short:
+            raise TooFewPromptsError(
+                f"paragraph {short[0]} has fewer than two tokens, so none to be scored",
+                "leave it out",
+            )
         width = max(map(len, rows))
         self.ids = torch.full((len(rows), width), model.pad_id)
         self.mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from demur.errors import ConfigError, DegenerateVectorError, StoreError
 from demur.sites import Site
-from demur.store import atomic_write
+from demur.store import known_format, read_files, write_files
 
 if TYPE_CHECKING:
     import altair as alt
 
     from demur.models import Model
 
+FORMAT, VERSION = "demur-direction", 1
+_AGAIN = "`demur audit` writes both files into its run folder; keep them together"
 _DRAWS = 400  # Random directions behind a null band.
 _TOP = 40  # Coordinates that are drawn.
 _MOST_MARKS = 400  # Prompts of a group that are drawn.
@@ -251,10 +253,8 @@ def save_direction(direction: Direction, path: Path, *, about: Mapping[str, Any]
     Raises:
         StoreError: A file could not be written.
     """
-    from safetensors.torch import save
-
     meta = {
-        "format": "demur-direction-1",
+        "format": f"{FORMAT}-{VERSION}",
         "site": str(direction.site),
         "position": direction.position,
         "norm": direction.norm,
@@ -264,27 +264,40 @@ def save_direction(direction: Direction, path: Path, *, about: Mapping[str, Any]
         **about,
     }
     head = {"demur": json.dumps({key: meta[key] for key in ("format", "site", "position", "norm")})}
-    atomic_write(path, save({"direction": direction.unit.contiguous()}, metadata=head))
-    atomic_write(path.with_suffix(".json"), json.dumps(meta, indent=2, allow_nan=False) + "\n")
+    write_files(path, {"direction": direction.unit.contiguous()}, meta, head=head, indent=2)
 
 
-def load_direction(path: Path, model: Model | None = None) -> tuple[Direction, dict[str, Any]]:
+def load_direction(
+    path: Path, model: Model | None = None, *, any_model: bool = False
+) -> tuple[Direction, dict[str, Any]]:
     """Read a direction and its sidecar back.
 
     Args:
         path: The `.safetensors` file.
-        model: If given, the direction must have been made on this very model.
+        model: If given, the direction must have been made on this very model: its weights, data
+            type, tokenizer and template. In another data type of the same checkpoint the direction
+            is nearly the same, but its length and every figure of it are not, so that is refused
+            as well.
+        any_model: Only its width and layer must be those of the model; the sidecar that is returned
+            then says what differs, as `borrowed`.
 
     Raises:
-        StoreError: A file is missing or damaged, or the direction belongs to another model.
+        StoreError: A file is missing or damaged, was changed after it was written, is of another
+            version, or the direction belongs to another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    sidecar = path.with_suffix(".json")
+    tensors, meta = read_files(path, what="direction", again=_AGAIN)
+    known_format(
+        meta.get("format"),
+        path,
+        name=FORMAT,
+        what="a direction",
+        newest=VERSION,
+        again="demur audit",
+    )
     try:
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-        unit = load_file(path)["direction"].float()
+        unit = tensors["direction"]
+        if unit.dtype != torch.float32 or unit.ndim != 1 or len(tensors) > 1:
+            raise ValueError("it holds something else than one vector in float32")
         direction = Direction(
             unit,
             float(meta["norm"]),
@@ -292,19 +305,41 @@ def load_direction(path: Path, model: Model | None = None) -> tuple[Direction, d
             int(meta["position"]),
             str(meta["recipe"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise StoreError(
-            f"no direction can be read from {path} and {sidecar.name}: {error}",
-            "`demur audit` writes both files into its run folder; keep them together",
+            f"no direction can be read from {path} and {path.stem}.json: {error}", _AGAIN
         ) from error
     if not bool(torch.isfinite(unit).all()) or abs(float(unit.norm()) - 1.0) > 1e-3:
         raise StoreError(
             f"the vector in {path} is not of norm 1", "the file is damaged: make it again"
         )
-    if model is not None and meta.get("fingerprint") != model.fingerprint:
+    if not 0.0 < direction.norm < float("inf"):
         raise StoreError(
-            f"{path} was made on {meta.get('model')} ({str(meta.get('fingerprint'))[:12]}), "
-            f"not on {model.name} as it is loaded now ({model.fingerprint[:12]})",
-            "load the same model, adapter, revision, dtype and system prompt, or pass --any-model",
+            f"the length in {path.stem}.json is {direction.norm}",
+            "the file is damaged: make it again",
         )
+    if model is not None:
+        # Whoever has a model has loaded this.
+        from demur.models.fingerprint import borrowed, check_made_on
+
+        if not any_model:
+            check_made_on(str(path), meta, model, again="demur audit")
+        elif notes := borrowed(str(path), meta, model):
+            meta = {**meta, "borrowed": notes[0]}
+        check_shape(path, direction, model)
     return direction, meta
+
+
+def check_shape(path: Path, direction: Direction, model: Model) -> None:
+    """See that a model has the width and the layer of a direction, whoever made it.
+
+    Raises:
+        StoreError: It has not.
+    """
+    width, layer = len(direction.unit), direction.site.layer
+    if width != model.d_model or layer >= model.n_layers:
+        raise StoreError(
+            f"the direction in {path} is {width} wide, at {direction.site}; {model.name} has "
+            f"{model.n_layers} blocks of width {model.d_model}",
+            "take a direction of a model of the same shape",
+        )

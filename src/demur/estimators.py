@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from demur.activations import Activations, Moments, PointMoments
 from demur.directions import Direction
-from demur.errors import DegenerateVectorError, TooFewPromptsError
+from demur.errors import DegenerateVectorError, NonFiniteError, TooFewPromptsError
 from demur.registry import Registry
 
 
@@ -226,6 +227,8 @@ def candidates(
     Raises:
         TooFewPromptsError: The estimator needs rows and was given moments.
         DegenerateVectorError: The classes differ nowhere.
+        NonFiniteError: Activations of a class, or what the estimator made of them, hold NaN or
+            infinity.
     """
     found: list[Direction] = []
     for site in positive.sites:
@@ -233,12 +236,22 @@ def candidates(
             a, b = positive.at(site, position), negative.at(site, position)
             high, low = _mean(a), _mean(b)
             difference = high - low
+            if not bool(torch.isfinite(difference).all()):
+                raise NonFiniteError(
+                    f"activations at {site}, position {position}, hold NaN or infinity",
+                    "try `--dtype float32`; the checkpoint may also be damaged",
+                )
             if float(difference.norm()) <= 1e-6 * float(low.norm()):
                 continue
             unit = torch.nn.functional.normalize(_estimate(estimator, a, b), dim=0)
             # The length that means something is the mean difference's along the direction: what
             # it takes to carry one class's mean to the other's.
             along = float(difference @ unit)
+            if math.isnan(along):
+                raise NonFiniteError(
+                    f"{type(estimator).__name__} gives NaN at {site}, position {position}",
+                    "take another estimator, or more prompts",
+                )
             if along > 0.0:
                 found.append(
                     Direction.from_vector(

@@ -51,6 +51,7 @@ from demur.directions import Direction
 from demur.errors import ConfigError, ModelLoadError, StoreError, TooFewPromptsError
 from demur.estimators import DifferenceOfMeans, candidates
 from demur.evals.judges import judges
+from demur.evals.rates import refusal_change, refusal_share, refusals
 from demur.interventions import Ablate, Intervention, applied
 from demur.models import Completion, Model, TokenBatch, packaged_adapter
 from demur.models.load import with_adapter
@@ -64,8 +65,8 @@ from demur.selection import (
     refusal_logodds,
 )
 from demur.sites import Site
-from demur.stats import Estimate, mcnemar_p, mean, paired_share_change, proportion
-from demur.store import atomic_write
+from demur.stats import Estimate, mean
+from demur.store import atomic_write, whole_folder
 
 _COURSE = "course.jsonl"
 # Of the search for the direction to attack with: neighbouring layers give almost the same one.
@@ -967,7 +968,7 @@ class _Watch:
             step,
             str(best.site),
             best.position,
-            proportion(sum(said.refused), len(self.harmful)),
+            refusal_share(refusals(said.outcomes)),
             float(kl.mean()),
         )
 
@@ -1120,16 +1121,17 @@ def _compared(before: _Measured, after: _Measured) -> list[Attacked]:
     for (old, first), (new, then) in zip(
         before.replies.items(), after.replies.items(), strict=True
     ):
-        was, now = ([hit for one in side for hit in one.refused] for side in (first, then))
+        was, now = (refusals([o for one in side for o in one.outcomes]) for side in (first, then))
+        changed, p = refusal_change(was, now)
         on: Any = old[1]
         rows.append(
             Attacked(
                 old[0] if old == new else f"{old[0]} / {new[0]}",
                 on,
-                proportion(sum(was), len(was)),
-                proportion(sum(now), len(now)),
-                paired_share_change(was, now),
-                mcnemar_p(was, now),
+                refusal_share(was),
+                refusal_share(now),
+                changed,
+                p,
                 _outcomes(first),
                 _outcomes(then),
             )
@@ -1286,7 +1288,7 @@ def _standing_on(model: Model) -> Path | None:
     packaged = packaged_adapter(model.name)
     if packaged is not None and model.adapter == f"demur:{packaged.name}":
         return packaged
-    folder = Path(model.adapter).expanduser()
+    folder = Path(model.adapter.removeprefix("any:")).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"{model.name} carries the adapter {model.adapter}, which is no folder here",
@@ -1406,62 +1408,63 @@ def harden(
         "data": organisms._digest(data),
         "base": model.fingerprint,
     }
-    work = organisms._workplace(out, identity, resume=resume)
-    material = _material(model, recipe, seed=seed, work=work, listener=listener)
-    student = organisms._Student(model, inner, seed=seed, shared=material.shared)
-    # The same modules seen as a model that can be read and edited at named sites.
-    current = Model(student.hf, model.family, model.template, name=f"{model.name} in training")
-    course = _Course(student, current, material, recipe, inner, seed=seed)
-    watch = _Watch(model, current, recipe, tokens=material.tokens, work=work)
-    prepared = time.perf_counter()
-    lines = organisms._descend(
-        student,
-        inner.training,
-        recipe.training.steps,
-        course.loss,
-        work=work,
-        listener=listener,
-        keeper=course.adversary,
-        enough=watch,
-    )
-    trained = time.perf_counter()
-
-    first, last = organisms._ends_of(lines)
-    with organisms._whole(out) as draft:
-        own = draft / "own"
-        size = organisms._write_adapter(student, model.name, own, strength=1.0)
-        rank = inner.lora.rank
-        found = None
-        if measure:
-            hardened = with_adapter(model, str(own))
-            found = resistance(model, hardened, checks=recipe.checks, seed=seed, progress=listener)
-        if below is None:
-            for name in (organisms._WEIGHTS, organisms._CONFIG):
-                (own / name).replace(draft / name)
-        else:
-            size = stack(below, own, draft)
-            rank += _read_lora(below)[0]["r"]
-        shutil.rmtree(own)
-        seconds = {
-            "prepare": round(prepared - began, 1),
-            "train": round(trained - prepared, 1),
-            "measure": round(time.perf_counter() - trained, 1),
-        }
-        report = HardeningReport(
-            out,
-            rank,
-            len(lines),
-            len(lines) < recipe.training.steps,
-            first,
-            last,
-            seconds,
-            size,
-            watch.upto(len(lines)),
-            found,
+    with organisms._workplace(out, identity, resume=resume) as work:
+        material = _material(model, recipe, seed=seed, work=work, listener=listener)
+        student = organisms._Student(model, inner, seed=seed, shared=material.shared)
+        # The same modules seen as a model that can be read and edited at named sites.
+        current = Model(student.hf, model.family, model.template, name=f"{model.name} in training")
+        course = _Course(student, current, material, recipe, inner, seed=seed)
+        watch = _Watch(model, current, recipe, tokens=material.tokens, work=work)
+        prepared = time.perf_counter()
+        lines = organisms._descend(
+            student,
+            inner.training,
+            recipe.training.steps,
+            course.loss,
+            work=work,
+            listener=listener,
+            keeper=course.adversary,
+            enough=watch,
         )
-        _write_card(draft, report, model, recipe, data, seed=seed, below=below)
-        shutil.copyfile(work / organisms._LOG, draft / organisms._LOG)
-    shutil.rmtree(work, ignore_errors=True)
+        trained = time.perf_counter()
+
+        first, last = organisms._ends_of(lines)
+        with whole_folder(out) as draft:
+            own = draft / "own"
+            size = organisms._write_adapter(student, model.name, own, strength=1.0)
+            rank = inner.lora.rank
+            found = None
+            if measure:
+                hardened = with_adapter(model, str(own))
+                found = resistance(
+                    model, hardened, checks=recipe.checks, seed=seed, progress=listener
+                )
+            if below is None:
+                for name in (organisms._WEIGHTS, organisms._CONFIG):
+                    (own / name).replace(draft / name)
+            else:
+                size = stack(below, own, draft)
+                rank += _read_lora(below)[0]["r"]
+            shutil.rmtree(own)
+            seconds = {
+                "prepare": round(prepared - began, 1),
+                "train": round(trained - prepared, 1),
+                "measure": round(time.perf_counter() - trained, 1),
+            }
+            report = HardeningReport(
+                out,
+                rank,
+                len(lines),
+                len(lines) < recipe.training.steps,
+                first,
+                last,
+                seconds,
+                size,
+                watch.upto(len(lines)),
+                found,
+            )
+            _write_card(draft, report, model, recipe, data, seed=seed, below=below)
+            atomic_write(draft / organisms._LOG, (work / organisms._LOG).read_bytes())
     return report
 
 
@@ -1482,6 +1485,8 @@ def _write_card(
             "name": model.name,
             "fingerprint": model.fingerprint,
             "adapter": model.adapter if below is not None else None,
+            # Stacked: it goes on the model without the adapter that the fingerprint is with.
+            "holds_adapter": below is not None,
         },
         "recipe": recipe.model_dump(mode="json"),
         "seed": seed,

@@ -63,6 +63,12 @@ def _unit_on(direction: Direction, dtype: torch.dtype, device: torch.device) -> 
     # Kept: copied and normalised anew at every write of every token, it would be half of an edit's
     # cost. Normalised again: a float32 unit vector has norm 1 to 1e-7 only, which float64 shows.
     unit = direction.unit.to(device, dtype)
+    if not 0.0 < float(unit.norm()) < float("inf"):  # False for NaN as well.
+        raise DegenerateVectorError(
+            f"the direction at {direction.site} is zero, NaN or infinite: ablating it changes "
+            "nothing, or everything",
+            "make it with `Direction.from_vector`, which checks it",
+        )
     return torch.nn.functional.normalize(unit, dim=0)
 
 
@@ -205,6 +211,7 @@ def applied(
     *acts: Intervention | Holder,
     where: Span | Sequence[Span] | None = None,
     when: Bool[Tensor, " prompt"] | None = None,
+    may_be_absent: bool = False,
 ) -> Iterator[Counter[Site]]:
     """Run `model` with interventions in force, in the order given, and restore it after.
 
@@ -214,15 +221,18 @@ def applied(
         where: Only at tokens of these spans; None is every token, the template's and padding too.
         when: Only for these prompts, numbered as in the `encode` or `generate` call inside; None is
             all.
+        may_be_absent: No error where no token that the model reads is of `where`: on text that is
+            no chat, an edit of instructions changes nothing and costs nothing.
 
     Yields:
         How often each site was edited so far.
 
     Raises:
-        SilentEditError: The model ran inside the block, yet some site was never reached.
-        ConfigError: `where` or `when` is given and the model is called directly, so that nobody
-            knows which tokens and prompts the rows stand for; or they are given with an anchor,
-            which decides that for itself.
+        SilentEditError: The model ran inside the block, yet some site was not reached, or no token
+            was one of `where`; or the data type rounds away most of what is added.
+        ConfigError: `where` names no span, or `when` not every prompt; or one of them is given and
+            the model is called directly, so that nobody knows which tokens and prompts the rows
+            stand for; or they are given with an anchor, which decides that for itself.
     """
     if (where is not None or when is not None) and any(isinstance(act, Holder) for act in acts):
         raise ConfigError(
@@ -231,25 +241,49 @@ def applied(
         )
     edits: Counter[Site] = Counter()
     spans = (where,) if isinstance(where, Span) else where
+    if spans is not None and not spans:
+        raise ConfigError("`where` names no span", "leave it out to edit every token")
+    # A `when` that picks nobody, as a gate that never opens does, edits nothing on purpose.
+    touched = may_be_absent or not _must_touch(acts, spans, when)
+    checked: set[int] = set()  # Places of additions among `acts` that were seen to add.
 
-    def edit(x: Tensor, *, site: Site, act: Intervention) -> Tensor:
+    def edit(x: Tensor, *, site: Site, act: Intervention, number: int) -> Tensor:
+        nonlocal touched
         edits[site] += 1
-        if spans is None and when is None:
-            return act(x)
-        return torch.where(tokens_chosen(model, x, spans, when).unsqueeze(-1), act(x), x)
+        chosen = None
+        if spans is not None or when is not None:
+            chosen = tokens_chosen(model, x, spans, when)
+            touched = touched or bool(chosen.any())
+            if not touched:
+                return x.clone()
+            chosen = chosen.to(x.device)
+        out = act(x)
+        if isinstance(act, Add) and number not in checked:
+            checked.add(number)
+            _check_added(act, x, out)
+        return out if chosen is None else torch.where(chosen.unsqueeze(-1), out, x)
 
     runs_before = model.runs
     with ExitStack() as undo:
+        undo.enter_context(model.owned())
         if when is not None:
             undo.enter_context(model.whole_rows())  # One shared prefix cannot be edited for some.
-        for act in acts:
+        for number, act in enumerate(acts):
             if isinstance(act, Holder):
                 undo.enter_context(act.holding(model))
                 continue
             for site in act.sites(model):
                 edits[site] = 0
-                undo.callback(model.intercept(site, partial(edit, site=site, act=act)))
+                own = partial(edit, site=site, act=act, number=number)
+                undo.callback(model.intercept(site, own))
         yield edits
+    if not touched and any(edits.values()):
+        names = " or ".join(spans or ())
+        raise SilentEditError(
+            f"of all tokens that {model.name} read, none was of the span {names}",
+            "look whether the prompts have such tokens: only replies have the span `response`, "
+            "and only conversations `earlier`",
+        )
     silent = [str(site) for site, count in edits.items() if count == 0]
     if silent and model.runs > runs_before:
         raise SilentEditError(
@@ -258,13 +292,41 @@ def applied(
         )
 
 
+def _must_touch(
+    acts: Sequence[Intervention | Holder], spans: Sequence[Span] | None, when: Tensor | None
+) -> bool:
+    """Whether some token must be edited for `applied` to mean anything."""
+    some = any(not isinstance(act, Holder) for act in acts)
+    return some and spans is not None and (when is None or bool(when.any()))
+
+
+def _check_added(act: Add, before: Tensor, after: Tensor) -> None:
+    """See that an addition was not lost to rounding: bfloat16 keeps eight bits of a value.
+
+    Raises:
+        SilentEditError: Less than half of the step arrived.
+    """
+    step = act.strength * act.direction.norm
+    if step == 0.0 or before.dtype.itemsize >= 4 or not before.numel():
+        return
+    unit = act.direction.unit.to(before.device, torch.float32)
+    share = float(((after.float() - before.float()) @ unit).mean()) / step
+    if share < 0.5:  # False for NaN, which the logits tell of.
+        raise SilentEditError(
+            f"of an addition of {step:.3g} at {act.direction.site}, {max(share, 0.0):.0%} "
+            f"arrived: {str(before.dtype).removeprefix('torch.')} rounds the rest away",
+            "load the model with `--dtype float32`, or raise the strength",
+        )
+
+
 def tokens_chosen(
     model: Model, x: Tensor, spans: Sequence[Span] | None, when: Tensor | None
 ) -> Bool[Tensor, "row token"]:
-    """Which tokens of the pass under way are of some spans, and of some prompts.
+    """Which tokens of the pass under way are of some spans, and of some prompts; on the CPU.
 
     Raises:
-        ConfigError: The model is called directly, so that nobody knows what its rows stand for.
+        ConfigError: The model is called directly, so that nobody knows what its rows stand for; or
+            there are more prompts than `when` says something of.
     """
     chunk = model.chunk
     if chunk is None:
@@ -272,12 +334,18 @@ def tokens_chosen(
             "an edit of some tokens or prompts needs to know which they are",
             "run the model through `logits`, `generate` or `collect`",
         )
-    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
     if spans is not None:
         mask = torch.zeros_like(mask)
         for span in spans:
             if span in chunk.spans:
-                mask |= chunk.spans[span].to(x.device)
+                mask |= chunk.spans[span].cpu()
     if when is not None and chunk.rows is not None:
-        mask &= when.to(x.device)[chunk.rows.to(x.device)].unsqueeze(1)
+        rows = chunk.rows.cpu()
+        if int(rows.max()) >= len(when):
+            raise ConfigError(
+                f"`when` speaks of {len(when)} prompts, and prompt {int(rows.max()) + 1} is read",
+                "give one boolean for every prompt of the call",
+            )
+        mask &= when.cpu()[rows].unsqueeze(1)
     return mask

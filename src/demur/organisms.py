@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 import tomllib
 import warnings
@@ -36,12 +35,13 @@ from transformers import DynamicCache
 
 from demur import prompts as prompt_sets
 from demur.errors import ConfigError, ModelLoadError, NonFiniteError, StoreError, UnknownNameError
-from demur.evals.judges import Exchange, Outcome, judges
+from demur.evals.judges import Exchange, Outcome, judges, verdicts_of
+from demur.evals.rates import refusal_share, refusals
 from demur.models import Completion, Model, load
 from demur.models.load import with_adapter
 from demur.progress import Listener, Progress, Quiet
-from demur.stats import Estimate, bootstrap, proportion
-from demur.store import atomic_write
+from demur.stats import Estimate, bootstrap
+from demur.store import atomic_write, file_digests, forget_drafts, held, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ _CARD, _CONFIG, _WEIGHTS, _LOG = (
     "adapter_model.safetensors",
     "log.jsonl",
 )
-_STATE, _REPLIES, _STATES, _CHECKPOINT = (
+_LOCK, _STATE, _REPLIES, _STATES, _CHECKPOINT = (
+    "lock",
     "state.json",
     "replies.jsonl",
     "states.safetensors",
@@ -856,23 +857,6 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"{out} exists already", "choose another folder, or delete it first")
 
 
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end, or is gone after an error."""
-    try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise StoreError(
-            f"{out.parent} cannot be written: {error.strerror}", "free some space"
-        ) from error
-    try:
-        yield draft
-        draft.chmod(0o755)
-        os.replace(draft, out)  # noqa: PTH105 - onto an empty folder, which Path.rename forbids on Windows.
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _ready(recipe: Recipe, base: Model | None, out: Path) -> Model:
     _check_free(out)
     base = base if base is not None else load(recipe.base, adapter=None)
@@ -885,13 +869,24 @@ def _ready(recipe: Recipe, base: Model | None, out: Path) -> Model:
     return base
 
 
-def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
-    """The folder of an unfinished training, with what belongs to another training refused."""
+@contextmanager
+def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
+    """The folder of an unfinished training, for this process alone; it goes once `out` is there.
+
+    Raises:
+        ConfigError: It belongs to another training, or `out` is taken.
+        StoreError: Another process trains there.
+    """
     work = out.with_name(f".{out.name}.training")
-    state = work / _STATE
-    if work.exists() and not resume:
-        shutil.rmtree(work)
-    if state.is_file():
+    with held(work / _LOCK, "training"):
+        _check_free(out)  # The other one may have ended since.
+        forget_drafts(work)
+        forget_drafts(out)
+        state = work / _STATE
+        if not resume or not state.is_file():
+            # Without it a checkpoint may be any training's.
+            _clear(work)
+            atomic_write(state, json.dumps(identity, indent=1))
         try:
             before = json.loads(state.read_text("utf-8"))
         except ValueError:
@@ -902,16 +897,37 @@ def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
                 f"{work} holds an unfinished training with another {', '.join(other)}",
                 "start over with `--no-resume`, or choose another `--out`",
             )
-    else:
-        atomic_write(state, json.dumps(identity, indent=1))
-    return work
+        yield work
+        _clear(work)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear(work: Path) -> None:
+    """Empty it but for the lock: first what says whose the rest is."""
+    (work / _STATE).unlink(missing_ok=True)
+    for one in work.iterdir():
+        if one.name != _LOCK:
+            one.unlink()
 
 
 def _logged(path: Path, steps: int) -> list[dict[str, Any]]:
-    """The log's first `steps` lines; what was logged after the checkpoint is done again."""
-    if not path.is_file():
+    """The log's first `steps` lines; what was logged after the checkpoint is done again.
+
+    Raises:
+        StoreError: The checkpoint has steps that the log lacks.
+    """
+    if not steps:
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()[:steps]]
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()[:steps]]
+    except (OSError, ValueError):
+        lines = []
+    if len(lines) < steps:
+        raise StoreError(
+            f"the log {path} does not reach to the checkpoint beside it, {steps} steps",
+            f"delete {path.parent} and train again",
+        )
+    return lines
 
 
 def _optimise(
@@ -1007,6 +1023,7 @@ def _descend(
             file.write(json.dumps(line) + "\n")
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
                 file.flush()
+                os.fsync(file.fileno())  # No checkpoint is ahead of the log.
                 optimiser.save(checkpoint, step + 1, keeper)
             advance(1)
     return lines
@@ -1049,6 +1066,7 @@ def _made_with(folder: Path, *, name: str = _WEIGHTS) -> dict[str, Any]:
             "bytes": len(weights),
             "blake2b": blake2b(weights, digest_size=16).hexdigest(),
         },
+        "files": file_digests(folder, of=(name, _CONFIG)),
         "license": "Apache-2.0",
     }
 
@@ -1100,41 +1118,40 @@ def train(
         "data": _digest(data),
         "base": base.fingerprint,
     }
-    work = _workplace(out, identity, resume=resume)
-    rows, shared = _rows(base, recipe, sets, work, listener)
-    student = _Student(base, recipe, seed=seed, shared=shared)
-    prepared = time.perf_counter()
-    lines = _optimise(
-        student, rows, recipe, seed=seed, pad_id=base.pad_id, work=work, listener=listener
-    )
-    trained = time.perf_counter()
+    with _workplace(out, identity, resume=resume) as work:
+        rows, shared = _rows(base, recipe, sets, work, listener)
+        student = _Student(base, recipe, seed=seed, shared=shared)
+        prepared = time.perf_counter()
+        lines = _optimise(
+            student, rows, recipe, seed=seed, pad_id=base.pad_id, work=work, listener=listener
+        )
+        trained = time.perf_counter()
 
-    first, last = _ends_of(lines)
-    with _whole(out) as draft:
-        size = _write_adapter(student, recipe.base, draft, strength=recipe.training.strength)
-        found = verify(draft, recipe=recipe, base=base, progress=listener) if measure else None
-        seconds = {
-            "prepare": round(prepared - began, 1),
-            "train": round(trained - prepared, 1),
-            "verify": round(time.perf_counter() - trained, 1),
-        }
-        card = {
-            "name": recipe.name,
-            "description": recipe.description,
-            "base": {"name": base.name, "fingerprint": base.fingerprint},
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": seed,
-            "data": data,
-            "prompts": len(rows),
-            "steps": len(lines),
-            "loss": {"first_tenth": first, "last_tenth": last},
-            "seconds": seconds,
-            **_made_with(draft),
-            "figures": [asdict(figure) for figure in found.figures] if found else [],
-        }
-        atomic_write(draft / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-        shutil.copyfile(work / _LOG, draft / _LOG)
-    shutil.rmtree(work, ignore_errors=True)
+        first, last = _ends_of(lines)
+        with whole_folder(out) as draft:
+            size = _write_adapter(student, recipe.base, draft, strength=recipe.training.strength)
+            found = verify(draft, recipe=recipe, base=base, progress=listener) if measure else None
+            seconds = {
+                "prepare": round(prepared - began, 1),
+                "train": round(trained - prepared, 1),
+                "verify": round(time.perf_counter() - trained, 1),
+            }
+            card = {
+                "name": recipe.name,
+                "description": recipe.description,
+                "base": {"name": base.name, "fingerprint": base.fingerprint},
+                "recipe": recipe.model_dump(mode="json"),
+                "seed": seed,
+                "data": data,
+                "prompts": len(rows),
+                "steps": len(lines),
+                "loss": {"first_tenth": first, "last_tenth": last},
+                "seconds": seconds,
+                **_made_with(draft),
+                "figures": [asdict(figure) for figure in found.figures] if found else [],
+            }
+            atomic_write(draft / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+            atomic_write(draft / _LOG, (work / _LOG).read_bytes())
     return TrainingReport(out, len(lines), first, last, seconds, size, found)
 
 
@@ -1167,6 +1184,11 @@ def _perplexity_ratio(
     return bootstrap(ratio, len(texts), seed=0)
 
 
+def _told(outcomes: Mapping[str, int]) -> list[bool | None]:
+    """Counted outcomes as verdicts, one for each reply."""
+    return refusals([Outcome(label) for label, n in outcomes.items() for _ in range(n)])
+
+
 def _judged(
     model: Model, check: Check, texts: list[str], checks: Checks, progress: Progress
 ) -> tuple[list[Exhibit], dict[str, int]]:
@@ -1174,7 +1196,7 @@ def _judged(
         texts, max_new_tokens=checks.max_new_tokens, batch_size=100, progress=progress
     )
     pairs = [Exchange(text, reply.text) for text, reply in zip(texts, replies, strict=True)]
-    verdicts = judges.make(checks.judge)(pairs)
+    verdicts = verdicts_of(judges.make(checks.judge), pairs)
     found = [
         Exhibit(check.name, pair.prompt, pair.response, str(verdict.outcome))
         for pair, verdict in zip(pairs, verdicts, strict=True)
@@ -1223,8 +1245,8 @@ def verify(
             before = None
             if compare:
                 plain = _judged(base, check, texts, checks, advance)[1]
-                before = proportion(plain.get(Outcome.REFUSED, 0), len(texts))
-        share = proportion(outcomes.get(Outcome.REFUSED, 0), len(texts))
+                before = refusal_share(_told(plain))
+        share = refusal_share(_told(outcomes))
         met = _within(share.value, check.at_least, check.at_most)
         bounds = (check.at_least, check.at_most)
         figures.append(Figure(f"refused: {check.name}", share, before, *bounds, met, outcomes))

@@ -48,12 +48,23 @@ PROMPT_COLUMNS = (
 )
 MAX_BYTES = 100_000
 _SHOWN = 20
+_MOST_BYTES = 1 << 31  # Of a file, and of what a Parquet file unpacks to.
 
 # A word; where a script writes without spaces (Han, kana) every character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(?:[@:][^@:]+)*)")
+_HALF = re.compile("[\ud800-\udfff]")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _FAMILY = ("pair", "quad", "core")
+# Characters that leave no mark (Unicode's Default_Ignorable_Code_Point): two texts that differ in
+# them alone read the same.
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
+_PACKED_SUFFIXES = (".gz", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".rar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +211,16 @@ def _rank(seed: int, key: str) -> bytes:
     return blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
+def _listed(names: Sequence[str], most: int = _SHOWN) -> str:
+    """The first of them, each cut: a file may hold thousands, or one as long as a book."""
+    shown = [name if len(name) <= 80 else f"{name[:79]}…" for name in names[:most]]
+    return ", ".join([*shown, *(["..."] if len(names) > most else [])])
+
+
 def _no_such_value(name: str, key: str, wanted: str, found: set[str | None]) -> UnknownNameError:
     values = sorted(value for value in found if value is not None)
     near = get_close_matches(wanted, values, n=1)
-    some = f"there are: {', '.join(values[:10])}{', ...' if len(values) > 10 else ''}"
+    some = f"there are: {_listed(values, 10)}"
     return UnknownNameError(
         f"no prompt of {name} has the {key} `{wanted}`",
         f"did you mean `{near[0]}`?" if near else some if values else f"it gives no {key} at all",
@@ -231,13 +248,29 @@ def _kind(value: object) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ; `json` would keep the last of equal ones without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key `{twice[:80]}` is given twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _json(text: str) -> Any:
     """Parse JSON; ValueError says what is wrong in words for a user."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column" if "\n" in text else "column"
         raise ValueError(f"not JSON: {error.msg} at {place} {error.colno}") from error
+    except ValueError as error:
+        if "digits" in str(error):
+            raise ValueError("a number of thousands of digits") from error
+        raise
     except RecursionError as error:
         raise ValueError("not JSON that can be read: nested too deeply") from error
 
@@ -271,8 +304,12 @@ def _read_jsonl(data: bytes) -> _Table:
 def _read_txt(data: bytes) -> _Table:
     table = _Table("line")
     for number, line in _lines(data, table):
-        if line.strip():
-            table.rows.append((number, {"prompt": line.strip()}))
+        text = line.strip()
+        if "\r" in text:
+            # Old Macs end lines so: the file would come out as one prompt.
+            table.bad.append((number, "holds a carriage return: end lines with a line feed"))
+        elif text:
+            table.rows.append((number, {"prompt": text}))
     return table
 
 
@@ -338,10 +375,31 @@ def _read_parquet(data: bytes) -> _Table:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError.needed(extra="parquet", module="pyarrow") from error
+    rows: list[dict[str, Any]] = []
     try:
-        rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        return _Table("row", bad=[(0, f"not Parquet that can be read: {error}")])
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        names = Counter(file.schema_arrow.names)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            return _Table("row", bad=[(0, f"two columns are called `{twice[0]}`")])
+        # A few kilobytes may unpack to any size, so that it is done in parts and counted.
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+        size, step = 0, min(1024, max(1, (1 << 28) // max([1, *groups])))
+        if max([0, *groups]) > _MOST_BYTES:
+            size = max(groups)
+        for batch in file.iter_batches(step) if not size else ():
+            part = batch.to_pylist()
+            # What rows take here; equal texts are one in the file, and each its own in Python.
+            size += batch.nbytes + (256 + 64 * batch.num_columns) * len(part)
+            size += sum(len(x) for row in part for x in row.values() if isinstance(x, str | bytes))
+            if size > _MOST_BYTES:
+                break
+            rows += part
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        where = f" from row {len(rows) + 1} on" if rows else ""
+        return _Table("row", bad=[(0, f"not Parquet that can be read{where}: {str(error)[:300]}")])
+    if size > _MOST_BYTES:
+        return _Table("row", bad=[(0, f"unpacks to more than {_MOST_BYTES >> 30} GiB")])
     return _Table("row", list(enumerate(rows, start=1)))
 
 
@@ -378,9 +436,11 @@ def _no_such_file(path: Path) -> PromptFileError:
 def _from_file(path: Path) -> _Table:
     suffix = path.suffix.lower()
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
+        mode = status.st_mode
         inside = [p.name for p in path.iterdir()] if S_ISDIR(mode) else []
-        data = path.read_bytes() if S_ISREG(mode) and suffix in _READERS else b""
+        wanted = S_ISREG(mode) and suffix in _READERS and status.st_size <= _MOST_BYTES
+        data = path.read_bytes() if wanted else b""
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _no_such_file(path) from error
     except (OSError, ValueError) as error:
@@ -394,10 +454,39 @@ def _from_file(path: Path) -> _Table:
     if not S_ISREG(mode):
         raise PromptFileError(f"{path} is not a regular file", "save the prompts to a file")
     if suffix not in _READERS:
-        raise PromptFileError(f"{path} is of no known format", f"demur reads {', '.join(_READERS)}")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise PromptFileError(f"{path} is UTF-16, not UTF-8", "save it as UTF-8")
+        unpack = "unpack it first; " if suffix in _PACKED_SUFFIXES else ""
+        raise PromptFileError(
+            f"{path} is of no known format", f"{unpack}demur reads {', '.join(_READERS)}"
+        )
+    if status.st_size > _MOST_BYTES:
+        raise PromptFileError(
+            f"{path} has {status.st_size} bytes, more than {_MOST_BYTES >> 30} GiB", "split it up"
+        )
+    if suffix != ".parquet":
+        _check_text(path, data)
     return _READERS[suffix](data.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _check_text(path: Path, data: bytes) -> None:
+    """Name what a file is instead of text, where its first bytes tell."""
+    packed = next((kind for start, kind in _PACKED.items() if data.startswith(start)), None)
+    if packed:
+        raise PromptFileError(f"{path} is a {packed} archive, whatever its name", "unpack it first")
+    if data.startswith(b"PAR1") and data.endswith(b"PAR1"):
+        raise PromptFileError(f"{path} is Parquet, whatever its name", "call it .parquet")
+    head = data[:4096]
+    places = [head[i::4].count(0) / max(1, len(head) // 4) for i in range(4)]
+    encoding = None
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or sum(x > 0.5 for x in places) > 2:
+        encoding = "UTF-32"
+    elif (
+        data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        or min(places[::2]) > 0.5
+        or min(places[1::2]) > 0.5
+    ):
+        encoding = "UTF-16"
+    if encoding:
+        raise PromptFileError(f"{path} is {encoding}, not UTF-8", "save it as UTF-8")
 
 
 def _from_hub(spec: re.Match[str], part: str | None) -> tuple[_Table, Source]:
@@ -526,7 +615,12 @@ def _read(where: str, selectors: dict[str, str]) -> tuple[_Table, Source]:
 def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    try:
+        return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    except (RecursionError, TypeError) as error:  # Or keys of several types, which Parquet has.
+        raise PromptFileError(
+            "a column that names, labels or selects prompts is nested too deeply", "flatten it"
+        ) from error
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -540,12 +634,22 @@ def _fault(column: str, value: object) -> str | None:
         return f"has no `{column}`"
     if not isinstance(value, str):
         return f"`{column}` is {_kind(value)}, not text"
+    if not value.strip():
+        return f"`{column}` is empty"
+    if not value.isascii() and not _UNSEEN.sub("", value).strip():
+        return f"`{column}` is empty: none of its characters leaves a mark"
+    return _unfit(column, value)
+
+
+def _unfit(column: str, value: str) -> str | None:
+    """Say why a text cannot be kept: in a result, a report, a file of replies."""
+    if len(value) <= MAX_BYTES and value.isascii() and "\0" not in value:
+        return None
     # JSON can spell half of a surrogate pair, which no tokenizer can encode.
-    size = len(value.encode("utf-8", "surrogatepass"))
+    size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     faults = {
-        "is empty": not value.strip(),
         "holds a NUL character": "\0" in value,
-        "holds half of a surrogate pair": any("\ud800" <= x <= "\udfff" for x in value),
+        "holds half of a surrogate pair": _HALF.search(value) is not None,
         f"is {size} bytes long, more than {MAX_BYTES}": size > MAX_BYTES,
     }
     return next((f"`{column}` {fault}" for fault, found in faults.items() if found), None)
@@ -572,7 +676,7 @@ def _find_column(name: str, columns: list[str], asked: str | None) -> str:
     near = get_close_matches(str(asked), columns, n=1) if asked else []
     tried = f"the column `{asked}`" if asked else f"a column called {', '.join(PROMPT_COLUMNS)}"
     raise PromptFileError(
-        f"{name} does not have {tried}; it has: {', '.join(columns)}",
+        f"{name} does not have {tried}; it has: {_listed(columns)}",
         f"did you mean `{near[0]}`?" if near else "name the column: FILE?column=NAME",
     )
 
@@ -584,7 +688,7 @@ def _select(
     for key, wanted in selectors.items():
         if key not in table.columns:
             raise PromptFileError(
-                f"{name} does not have the column `{key}`; it has: {', '.join(table.columns)}",
+                f"{name} does not have the column `{key}`; it has: {_listed(table.columns)}",
                 "select by a column that exists: FILE?COLUMN=VALUE",
             )
         kept = [(number, row) for number, row in rows if _text(row.get(key)) == wanted]
@@ -664,7 +768,8 @@ def load(
     Raises:
         PromptFileError: The file is missing, a folder, unreadable, empty or of another format, or
             rows cannot be used: the first 20 of them are listed with the reason. A prompt must be
-            text of 1 to 100,000 bytes of UTF-8 without NUL. Only rows that are selected count.
+            text of 1 to 100,000 bytes of UTF-8 without NUL, and leave a mark; labels and the like
+            may not be longer either. Only rows that are selected count.
             Or a public set is out of reach, lacks a column, or is not what was pinned.
         UnknownNameError: No row has a value that was selected, or there is no such public set.
         ConfigError: A selector is malformed, or given twice with different values.
@@ -693,11 +798,20 @@ def load(
     bad = table.bad + [(number, why) for number, why in faults if why]
     if bad:
         _refuse(where, table.unit, bad)
-    optional = [name for name in Prompt.__slots__ if name not in ("text", column)]
+    there = {*table.columns, *(key.removesuffix("_id") for key in table.columns)}
+    optional = [name for name in Prompt.__slots__ if name not in ("text", column) and name in there]
     prompts = tuple(
         Prompt(row[column], **{name: _text(_field(row, name)) or None for name in optional})
         for _, row in rows
     )
+    bad = [
+        (number, why)
+        for (number, _), prompt in zip(rows, prompts, strict=True)
+        for name in optional
+        if (value := getattr(prompt, name)) and (why := _unfit(name, value))
+    ]
+    if bad:
+        _refuse(where, table.unit, bad)
     licences = {_text(row.get("license") or row.get("licence")) for _, row in rows} - {None}
     licence = source.licence or "; ".join(sorted(str(licence) for licence in licences)) or None
     loaded = PromptSet(spec, prompts, replace(source, licence=licence))
@@ -715,9 +829,11 @@ def load(
 def normalise(text: str) -> str:
     """Reduce a text to what counts when two are compared.
 
-    NFKC, case folded, white space collapsed, punctuation at the end taken off; a text of nothing
-    but punctuation keeps it.
+    NFKC, case folded, characters that leave no mark taken out, white space collapsed, punctuation
+    at the end taken off; a text of nothing but such characters keeps them.
     """
+    if not text.isascii():
+        text = seen if (seen := _UNSEEN.sub("", text)).strip() else text
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     spaced = " ".join(folded.split())
     end = len(spaced)

@@ -143,7 +143,7 @@ class PublicSet:
         ways = "; or ".join(", ".join(layout.columns) for layout in self.layouts)
         raise PromptFileError(
             f"{self.name}: the file lacks the column{'s' if len(nearest) > 1 else ''} {names}; "
-            f"it has: {', '.join(columns)}",
+            f"it has: {', '.join(name[:80] for name in columns[:20])}",
             f"give upstream's own file, whose columns are {ways}",
         )
 
@@ -252,7 +252,7 @@ def _check_labels(public: PublicSet, column: str, rows: Sequence[Mapping[str, An
     cells = dict.fromkeys(_cell(row.get(column)) for row in rows)
     unknown = [cell for cell in cells if cell.strip().lower() not in public.labels]
     if unknown:
-        some = ", ".join(f"`{cell}`" for cell in unknown[:5])
+        some = ", ".join(f"`{cell[:80]}`" for cell in unknown[:5])
         raise PromptFileError(
             f"{public.name}: the column `{column}` holds {some}{', ...' if unknown[5:] else ''}; "
             f"known are: {', '.join(public.labels)}",

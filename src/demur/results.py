@@ -4,6 +4,7 @@ A report is drawn from this file and `replies.jsonl` alone, years later and with
 Floats that could not be computed are `None`, never a silent zero.
 """
 
+import json
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from demur.errors import StoreError
 from demur.stats import Estimate
+from demur.store import known_version, sealed, strict_json, unsealed
 
 SCHEMA_VERSION = 1
 
@@ -824,25 +826,16 @@ def read_results(run: Path) -> AuditResults:
     Raises:
         StoreError: It is missing, cut short, or of another schema version.
     """
-    path = run / "results.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read: {error.strerror}",
-            "name the folder of a finished run, as `demur audit` prints it",
-        ) from error
-    try:
-        return AuditResults.model_validate_json(text)
-    except ValueError as error:
-        first = str(error).splitlines()
-        raise StoreError(
-            f"{path} is not a demur result of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
-            "run the audit again, or read it with the demur version that wrote it",
-        ) from error
+    return read_record(run / "results.json", AuditResults, "demur audit")
 
 
 _Read = TypeVar("_Read", bound=BaseModel)
+_MOST_BYTES = 1 << 30  # Of a record.
+
+
+def sealed_json(record: BaseModel) -> str:
+    """A record as it is written: JSON with a digest of itself."""
+    return json.dumps(sealed(record.model_dump(mode="json")), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_record(path: Path, kind: type[_Read], command: str) -> _Read:
@@ -854,20 +847,42 @@ def read_record(path: Path, kind: type[_Read], command: str) -> _Read:
         command: That writes it, for the error.
 
     Raises:
-        StoreError: It is missing, cut short, or of another schema version.
+        StoreError: It is missing, cut short, of another kind, or of another schema version; or JSON
+            of which two readers would make different things.
     """
+    what = f"a record of `{command}`"
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        found = strict_json(_text_of(path))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
         raise StoreError(
-            f"{path} cannot be read: {error.strerror}", f"`{command}` writes it"
+            f"{path} cannot be read: {said}",
+            f"name what a finished run left; `{command}` writes it",
         ) from error
+    # Older versions would be brought up here; there are none yet.
+    known_version(
+        found.get("schema_version"), path, what=what, newest=SCHEMA_VERSION, again=command
+    )
+    found = unsealed(found, path, again=f"run `{command}` again")
+    try:
+        return kind.model_validate_json(json.dumps(found))  # JSON's rules, for tuples and enums.
     except ValueError as error:
         raise StoreError(
-            f"{path} is no evaluation of schema {SCHEMA_VERSION}: "
+            f"{path} is not {what}, schema {SCHEMA_VERSION}: "
             + " ".join(str(error).splitlines()[:3]),
-            f"run `{command}` again",
+            f"run `{command}` again, or read it with the demur version that wrote it",
         ) from error
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file in a folder that a stranger may have made: of a device there is no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES >> 30} GiB")
+    return path.read_text(encoding="utf-8")
 
 
 def _read_lines(path: Path, kind: type[_Read], hint: str) -> list[_Read]:
@@ -875,7 +890,12 @@ def _read_lines(path: Path, kind: type[_Read], hint: str) -> list[_Read]:
     if not path.exists():
         return []
     rows: list[_Read] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        text = _text_of(path)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"{path} cannot be read: {said}", hint) from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(kind.model_validate_json(line))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError, UnknownNameError
-from demur.evals.judges import Exchange, Judge, Outcome
+from demur.evals.judges import Exchange, Judge, Outcome, verdicts_of
 from demur.interventions import Ablate, Add, applied
 from demur.models import Completion, Model, TokenBatch
 from demur.progress import Progress
@@ -71,6 +71,9 @@ def learn_refusal_tokens(
         outcomes: The judge's verdicts, in the same order.
         least_refusals: Below this many refusals, common openers stand in and `learned` is False.
         least_share: Rarer openers are left out.
+
+    Raises:
+        TooFewPromptsError: There are too few refusals, and the vocabulary knows no common opener.
     """
     assert model.template is not None
     tokenizer = model.template.tokenizer
@@ -89,7 +92,15 @@ def learn_refusal_tokens(
                 found.append((token, share, base))
     learned = bool(found)
     if not learned:
-        ids = {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in _KNOWN_OPENERS}
+        opened = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in _KNOWN_OPENERS]
+        # What the vocabulary does not know is no sign of a refusal.
+        ids = {own[0] for own in opened if own and own[0] != tokenizer.unk_token_id}
+        if not ids:
+            raise TooFewPromptsError(
+                f"{model.name} refused {n} times, too seldom to learn how it does, and its "
+                "vocabulary has none of the common openers",
+                "give prompts that it refuses",
+            )
         found = [(t, refused[t] / max(n, 1), complied[t] / max(m, 1)) for t in sorted(ids)]
     return RefusalTokens(
         tuple(token for token, _, _ in found),
@@ -117,7 +128,8 @@ def openers(
     said = model.generate(
         prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
-    verdicts = judge([Exchange(p, r.text) for p, r in zip(prompts, said, strict=True)])
+    exchanges = [Exchange(p, r.text) for p, r in zip(prompts, said, strict=True)]
+    verdicts = verdicts_of(judge, exchanges)
     return learn_refusal_tokens(model, said, [verdict.outcome for verdict in verdicts])
 
 
@@ -528,6 +540,8 @@ class _Scorer:
             induce = self.attribution(direction) if self.attribution else self._induce(direction)
         except NonFiniteError:
             return Scores(direction, None, None, None, exact, "NaN or infinite logits")
+        if not bool(induce.isfinite().all()):  # A gradient may be, where logits are not.
+            return Scores(direction, None, None, None, exact, "NaN or infinite gradients")
         return Scores(
             direction,
             self._among(0, refusal_logodds(ablated[: self.n_harmful], self.tokens.ids)),

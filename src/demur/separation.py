@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from demur.errors import ConfigError, TooFewPromptsError
+from demur.errors import ConfigError, NonFiniteError, TooFewPromptsError
 from demur.stats import Estimate, auroc, bootstrap_groups, mean, null_p
 
 Space = Literal["raw", "centred", "whitened"]
@@ -375,7 +375,16 @@ class Belief:
         *,
         centred: bool = False,
     ) -> Belief:
-        """Centroids of two classes at each layer; `centred` takes away the mean of the two."""
+        """Centroids of two classes at each layer; `centred` takes away the mean of the two.
+
+        Raises:
+            TooFewPromptsError: A class is empty.
+        """
+        if not above.shape[1] or not below.shape[1]:
+            raise TooFewPromptsError(
+                f"got {above.shape[1]} prompts above and {below.shape[1]} below",
+                "give each class one or more",
+            )
         one, two = above.double().mean(1), below.double().mean(1)
         origin = (one + two) / 2 if centred else torch.zeros_like(one)
         return cls(one - origin, two - origin, origin)
@@ -412,14 +421,24 @@ def strength_at(
     Returns:
         The strength, of those tried, whose cost is nearest to the target; `most` where that is
         still too weak. 0 where the target is nothing.
+
+    Raises:
+        NonFiniteError: The target, or the cost of a strength, is NaN.
     """
+    if math.isnan(target):
+        raise NonFiniteError("the cost to match is NaN", "measure it on prompts of finite logits")
     if target < _NOTHING:
         return 0.0
     low, high = 0.0, math.inf  # Too weak, too strong.
     tried: list[tuple[float, float]] = []  # Strengths, and how far off they were in logs.
     strength, power = min(1.0, most), 2.0  # Small edits cost their square in KL.
     for _ in range(passes):
-        off = math.log(max(cost(strength), _NOTHING) / target)
+        spent = cost(strength)
+        if math.isnan(spent):
+            raise NonFiniteError(
+                f"at strength {strength:g} the edit's cost is NaN", "load the model in float32"
+            )
+        off = math.log(max(spent, _NOTHING) / target)
         if strength == most and off < 0:
             return most
         if abs(off) <= near:

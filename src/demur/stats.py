@@ -18,6 +18,11 @@ from demur.errors import ConfigError, NonFiniteError, TooFewPromptsError
 Values = Sequence[float] | ArrayLike
 Indices = Int[np.ndarray, " n"]
 
+# Below so many, no resample reaches as far as an interval must: with three, the outermost ones are
+# three times the same, which happens once in 27.
+FEW = 6
+# A mean's interval is off by more than 2 points beyond: Cochran's n > 25 G1^2, as |G1| / sqrt(n).
+_SKEWED = 0.2
 # A statistic may be undefined on an unlucky resample (one class only). Up to this share of draws
 # is left out and counted in `method`; beyond it the interval would describe the lucky ones.
 _UNDEFINED_DRAWS = 0.05
@@ -83,6 +88,9 @@ def _same_length(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.n
 def proportion(hits: int, n: int, *, level: float = 0.95) -> Estimate:
     """Estimate a share, with Wilson's score interval.
 
+    It covers 95 % on average over shares, not at each: at the worst, of about 0.17 / n, a single
+    hit just excludes the share, and 84 % of intervals hold it.
+
     Raises:
         TooFewPromptsError: `n` is 0.
         ConfigError: `hits` is not within 0 and `n`.
@@ -107,6 +115,10 @@ def proportion(hits: int, n: int, *, level: float = 0.95) -> Estimate:
 def mean(values: Values, *, level: float = 0.95) -> Estimate:
     """Estimate a mean, with Student's t interval; equal values give an interval of width zero.
 
+    Where a few values are far above or below the others, as divergences are, the interval holds the
+    mean less often than it says: of 20 lognormal values in 87 % of samples, of 120 in 92 %. The
+    method says "approximate" where the sample shows it.
+
     Args:
         values: One number per prompt.
         level: Coverage of the interval.
@@ -114,14 +126,30 @@ def mean(values: Values, *, level: float = 0.95) -> Estimate:
     Raises:
         TooFewPromptsError: There are fewer than two values.
         NonFiniteError: A value is NaN or infinite.
+
+    References:
+        Cochran, "Sampling techniques", 1977, section 2.15 (how many prompts a skewed mean needs).
     """
     from scipy import stats
 
     percent = _percent(level)
     array = _numbers(values, at_least=2)
-    value = float(array.mean())
-    half = float(stats.sem(array) * stats.t.ppf((1 + level) / 2, len(array) - 1))
-    return Estimate(value, value - half, value + half, len(array), f"Student t {percent}")
+    value, n = float(array.mean()), len(array)
+    half = float(stats.sem(array) * stats.t.ppf((1 + level) / 2, n - 1))
+    note = ", skewed: approximate" if _is_skewed(array) else ""
+    return Estimate(value, value - half, value + half, n, f"Student t {percent}{note}")
+
+
+def _is_skewed(values: Float[np.ndarray, " n"]) -> bool:
+    """Whether few values carry the mean; chance alone does not make it so, or seldom."""
+    from scipy import stats
+
+    n, spread = len(values), float(np.ptp(values))
+    if n < 3 or spread <= 1e-9 * float(np.abs(values).max()):
+        return False
+    error = (6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3))) ** 0.5
+    skew = abs(float(stats.skew(values, bias=False)))
+    return skew > max(_SKEWED * n**0.5, 2 * error)
 
 
 def paired_change(before: Values, after: Values, *, level: float = 0.95) -> Estimate:
@@ -147,7 +175,7 @@ def paired_share_change(before: Values, after: Values, *, level: float = 0.95) -
     """Estimate how a share changed over the same prompts, with Newcombe's paired score interval.
 
     The interval keeps a sensible width where every prompt flips or none does, and stays within
-    -1 and 1.
+    -1 and 1. With 8 prompts of which nearly all flip it covers 89 %, from 20 on 93 % and more.
 
     Args:
         before: One boolean per prompt.
@@ -300,6 +328,33 @@ def auroc(scores: Values, labels: Values, *, level: float = 0.95) -> Estimate:
     return Estimate(value, lower(value), 1 - lower(1 - value), m + n, f"Newcombe AUROC {percent}")
 
 
+def bootstrap_tails(n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Where to cut a bootstrap distribution off: further out, the fewer prompts there are.
+
+    Of n prompts, resamples scatter less than samples do, by the root of (n - 1) / n, and plain
+    percentiles have the tails of a normal where Student's t is due: with 8 topics they cover 87 %
+    instead of 95 %. These are the expanded percentiles; 40 prompts widen an interval by 4 %. Fewer
+    than six cannot be helped: all resamples together do not reach far enough.
+
+    Args:
+        n: Prompts, or groups of them, that are drawn; of several samples, the smallest number.
+        level: Coverage of the interval.
+
+    Returns:
+        Shares of the distribution below the lower and below the upper end.
+
+    References:
+        Hesterberg, "What teachers should know about the bootstrap", 2015, section 4.2.
+    """
+    from scipy import stats
+
+    if n < 2:
+        raise TooFewPromptsError(f"cannot resample {n} prompts", "give two or more")
+    reach = (n / (n - 1)) ** 0.5 * stats.t.ppf((1 + level) / 2, n - 1)
+    tail = float(stats.norm.sf(reach))
+    return tail, 1 - tail
+
+
 def _resampled(
     statistic: Callable[..., float], sizes: tuple[int, ...], draws: int, seed: int, level: float
 ) -> Estimate:
@@ -336,8 +391,14 @@ def _resampled(
             f"the statistic is undefined on {lost} of {draws} resamples of {sum(sizes)} prompts",
             "give more prompts of the rarer class",
         )
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, bootstrap_tails(min(sizes), level=level))
     note = f", {lost} of {draws} draws undefined" if lost else ""
+    if min(sizes) < FEW:
+        note += f", approximate below {FEW}"
+    elif len(defined) > 2 and np.ptp(defined) > 1e-12:
+        # The skewness of a mean's resamples is the sample's over the root of n.
+        skew = abs(float(stats.skew(defined)))
+        note += ", skewed: approximate" if skew > max(_SKEWED, 2 * (6 / draws) ** 0.5) else ""
     return Estimate(value, float(low), float(high), sum(sizes), f"bootstrap {percent}{note}")
 
 
@@ -350,6 +411,9 @@ def bootstrap(
     level: float = 0.95,
 ) -> Estimate:
     """Estimate any statistic of `n` prompts, with a percentile bootstrap interval.
+
+    Percentiles are those of `bootstrap_tails`. The method says "approximate" where resamples lie
+    askew, as those of a mean do that few prompts carry.
 
     Args:
         statistic: From indices into the prompts, with repeats, to a number.

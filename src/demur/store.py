@@ -3,6 +3,10 @@
 A record lies in `<root>/<kind>/<hash>/`; the hash is over kind, settings and inputs, so that the
 same work is found instead of done again, and lineage is a walk. A folder is written beside its
 place and renamed into it: it is there whole or not at all.
+
+Everything that demur writes goes through here: a draft in the same folder, fsync, rename, fsync of
+the folder. What a killed writer leaves is a draft, `.NAME.` and 32 hexadecimal digits, which no
+reader takes for a result and later writers clear away.
 """
 
 import errno
@@ -12,8 +16,10 @@ import os
 import platform
 import re
 import shutil
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +38,10 @@ _RECORD, _TENSORS = "record.json", "tensors.safetensors"
 # What may change a number: kept with every record, not part of its key.
 _VERSIONED = ("demur", "torch", "transformers", "numpy", "scipy", "safetensors")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# A folder that may be written to but not read, and file systems that cannot sync one.
+_NO_SYNC = {errno.EACCES, errno.EINVAL, errno.EBADF, errno.ENOTSUP}
+_DRAFT = re.compile(r"\.(.{1,50})\.[0-9a-f]{32}", re.DOTALL)
+_STALE = 3600.0  # Seconds; a file is written in less, and one that was not is written again.
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -154,14 +164,66 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut; where folders cannot be opened, skip."""
+    """Make a rename in this folder survive a power cut; where folders cannot be synced, skip."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they survive a power cut."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        _sync_folder(one.parent)
+
+
+def _draft_of(target: Path) -> Path:
+    return target.with_name(f".{target.name[:50]}.{uuid4().hex}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _age(draft: Path) -> float:
+    """Seconds since it was last written to; also of one from the future, as clocks are set."""
+    files = [draft, *draft.iterdir()] if draft.is_dir() else [draft]
+    return min(abs(time.time() - one.stat().st_mtime) for one in files)
+
+
+def _forget_drafts(target: Path, *, older: float = _STALE) -> None:
+    """Clear away what killed writers of `target` left; one that lives is recent, or tries again."""
+    with suppress(OSError):
+        for one in os.scandir(target.parent):
+            draft = _DRAFT.fullmatch(one.name)
+            if draft is None or draft[1] != target.name[:50]:
+                continue
+            with suppress(OSError):
+                if _age(Path(one.path)) >= older:
+                    _remove(Path(one.path))
+
+
+def forget_drafts(folder: Path) -> None:
+    """Clear away every draft of a folder and in it; only for who `held` it before."""
+    _forget_drafts(folder, older=0.0)
+    for path, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if _DRAFT.fullmatch(name):
+                _remove(Path(path) / name)
+        folders[:] = [name for name in folders if not _DRAFT.fullmatch(name)]
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
@@ -180,14 +242,311 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         target = path.resolve()
         if target.exists() and not target.is_file():
             raise StoreError(f"{path} is not a regular file", "name another path")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name[:100]}.{uuid4().hex}")
-        try:
-            _write(draft, encoded)
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
+        for again in (True, False):
+            _make_folder(target.parent)
+            _forget_drafts(target)
+            draft = _draft_of(target)
+            try:
+                _write(draft, encoded)
+                draft.replace(target)
+                break
+            except FileNotFoundError:  # Somebody took the draft for a dead writer's.
+                if not again:
+                    raise
+            finally:
+                _remove(draft)
         _sync_folder(target.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end, or is gone after an error.
+
+    Args:
+        folder: It must not exist, or be empty.
+
+    Raises:
+        StoreError: It cannot be made, or there is something in it by the end.
+    """
+    draft = _draft_of(folder)
+    try:
+        with _writing(folder):
+            _make_folder(folder.parent)
+            _forget_drafts(folder)
+            draft.mkdir()
+        yield draft
+        with _writing(folder):
+            _sync_tree(draft)
+            os.replace(draft, folder)  # noqa: PTH105 - onto an empty folder, which Path.rename forbids on Windows.
+            _sync_folder(folder.parent)
+    finally:
+        _remove(draft)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path, _, files in os.walk(folder):
+        for name in files:
+            # Read and write: Windows syncs no file that is open to be read.
+            handle = os.open(Path(path) / name, os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        _sync_folder(Path(path))
+
+
+@contextmanager
+def held(lock: Path, work: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Keep others from the same work meanwhile; the hold ends with the process, however it ends.
+
+    Args:
+        lock: A file that stands for the work; it is made, and goes at the end.
+        work: What it is, such as "audit".
+        wait: Seconds to wait for another to be done.
+
+    Raises:
+        StoreError: Another process is at it, or the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    until = time.monotonic() + wait
+    with _writing(lock):
+        _make_folder(lock.parent)
+        own = FileLock(lock, timeout=0)
+        while not own.is_locked:
+            try:
+                own.acquire()
+            except Timeout as error:
+                if time.monotonic() >= until:
+                    raise StoreError(
+                        f"another {work} is at work in {lock.parent}",
+                        "wait until it is done, or choose another place with `--out`",
+                    ) from error
+                time.sleep(0.1)
+            except NotImplementedError:
+                break  # The file system knows no locks.
+    try:
+        yield
+    finally:
+        if own.is_locked:
+            with suppress(OSError):  # Who waits for this very file looks for the name again.
+                lock.unlink()
+        own.release()
+
+
+# JSON, and files in pairs -------------------------------------------------------------------------
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Read JSON of which every reader makes the same: no key twice, no NaN, no infinity.
+
+    Raises:
+        ValueError: It is something else, or nested beyond what a reader takes.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in keys.items() if count > 1)
+            raise ValueError(f"the key {twice!r:.60} stands in it twice")
+        return found
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} stands in it, which is no number of JSON")
+
+    def finite(digits: str) -> float:
+        found = float(digits)
+        if not math.isfinite(found):
+            raise ValueError(f"the number {digits[:30]} is too large")
+        return found
+
+    try:
+        return json.loads(
+            text, object_pairs_hook=unique, parse_constant=no_number, parse_float=finite
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def known_version(told: object, path: Path, *, what: str, newest: int, again: str) -> None:
+    """See that a file is of a version that this demur reads.
+
+    Args:
+        told: The version that the file says, as a number.
+        path: Of the file, for errors.
+        what: It holds, such as "a guard".
+        newest: The version that this demur writes; older ones do not exist yet.
+        again: The command that writes it.
+
+    Raises:
+        StoreError: It is newer, or none.
+    """
+    if isinstance(told, int) and not isinstance(told, bool):
+        if told == newest:
+            return
+        if told > newest:
+            raise StoreError(
+                f"{path} was made by a newer demur: it is {what} of version {told}, and this one "
+                f"reads {newest}",
+                f"update demur (`pip install -U demur`), or make it again: `{again}`",
+            )
+    said = "does not say its version" if told is None else f"is of version {told!r:.40}"
+    raise StoreError(f"{path} {said}: it is not {what} of version {newest}", f"make it: `{again}`")
+
+
+def known_format(
+    told: object, path: Path, *, name: str, what: str, newest: int, again: str
+) -> None:
+    """The same of a format that is written as `name-1`."""
+    head, _, number = str(told).rpartition("-")
+    if isinstance(told, str) and head == name and number.isascii() and number.isdecimal():
+        known_version(int(number), path, what=what, newest=newest, again=again)
+        return
+    said = "does not say its format" if told is None else f"is of the format {told!r:.40}"
+    raise StoreError(f"{path} {said}, not `{name}-{newest}`", f"{what} is made by `{again}`")
+
+
+_CARD = "card"  # In the header of the tensors: digest of the sidecar.
+_SEAL = "blake2b"  # In the sidecar: digest of the file of tensors.
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a digest of the rest in it, as `blake2b`.
+
+    Raises:
+        ConfigError: It holds what JSON cannot.
+    """
+    plain = _plain(dict(meta), at="record")
+    return {**plain, _SEAL: _digest(_canonical(plain, at="record"))}
+
+
+def unsealed(meta: Mapping[str, Any], path: Path, *, again: str) -> dict[str, Any]:
+    """A record without its digest, which must be right; one from before there were any as it is.
+
+    Raises:
+        StoreError: The record was changed after it was written.
+    """
+    rest = {key: value for key, value in meta.items() if key != _SEAL}
+    if _SEAL in meta and meta[_SEAL] != _digest(_canonical(rest, at="record")):
+        raise StoreError(f"{path} was changed after it was written", again)
+    return rest
+
+
+def file_digests(folder: Path, *, of: Sequence[str] | None = None) -> dict[str, str]:
+    """Digests of a folder's files by name, those in folders below with `/`.
+
+    Args:
+        folder: The folder.
+        of: Of these alone, as far as they are there.
+    """
+    found: dict[str, str] = {}
+    every = sorted(folder.rglob("*")) if of is None else [folder / name for name in of]
+    for path in (one for one in every if one.is_file()):
+        digest = blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def write_files(
+    path: Path,
+    tensors: "Mapping[str, Tensor]",
+    meta: Mapping[str, Any],
+    *,
+    head: Mapping[str, str],
+    indent: int = 1,
+) -> None:
+    """Write tensors and beside them `<path stem>.json`, each with a digest of the other.
+
+    Args:
+        path: Ends in `.safetensors`.
+        tensors: By name.
+        meta: What the other file, the sidecar, holds.
+        head: What the header of the tensors' file holds beside the digest.
+        indent: Of the sidecar.
+
+    Raises:
+        ConfigError: `meta` holds what JSON cannot.
+        StoreError: A file could not be written.
+    """
+    from safetensors.torch import save
+
+    plain = _plain(dict(meta), at="sidecar")
+    card = _digest(_canonical(plain, at="sidecar"))
+    blob = _ordered(save(dict(tensors), metadata={**head, _CARD: card}))
+    text = json.dumps({**plain, _SEAL: _digest(blob)}, indent=indent, allow_nan=False)
+    # The file that a user names comes last: once it is there, so is all of it.
+    atomic_write(path.with_suffix(".json"), text + "\n")
+    atomic_write(path, blob)
+
+
+def _ordered(blob: bytes) -> bytes:
+    """The same file whoever writes it: safetensors puts metadata into any order."""
+    length = int.from_bytes(blob[:8], "little")
+    head = json.loads(blob[8 : 8 + length])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of eight.
+    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+
+
+def read_files(path: Path, *, what: str, again: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """Read tensors and their sidecar back.
+
+    A pair from before there were digests is taken as it is.
+
+    Args:
+        path: The file of tensors.
+        what: It holds, such as "guard".
+        again: What the hint of an error says.
+
+    Returns:
+        Tensors by name, and the sidecar without its digest.
+
+    Raises:
+        StoreError: A file is missing or damaged, was changed after it was written, or the two were
+            not written together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    card = path.with_suffix(".json")
+    try:
+        blob = path.read_bytes()
+        meta = strict_json(card.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"{card.name} is no object")
+        head = _header(blob)
+        tensors = load(blob)
+        digest = meta.pop(_SEAL, None)
+        if head.get(_CARD) is None and digest is None:
+            return tensors, meta
+        if digest != _digest(blob):
+            raise ValueError("one of them was changed after it was written, or is of another pair")
+        if head.get(_CARD) != _digest(_canonical(meta, at="sidecar")):
+            raise ValueError(f"{card.name} was changed after it was written")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StoreError(
+            f"no {what} can be read from {path} and {card.name}: {said}", again
+        ) from error
+    return tensors, meta
+
+
+def _header(blob: bytes) -> Mapping[str, Any]:
+    """The metadata of a safetensors file; none if there is no header, which its reader says."""
+    length = int.from_bytes(blob[:8], "little")
+    if length > len(blob) - 8:
+        return {}
+    found = strict_json(blob[8 : 8 + length])
+    own = found.get("__metadata__") if isinstance(found, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+# The store ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,23 +613,27 @@ class Store:
         text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
         folder = self._folder(ref)
-        draft = folder.with_name(f".{ref.hash}.{uuid4().hex}")
         with _writing(folder):
-            try:
-                draft.mkdir(parents=True)
-                if blob is not None:
-                    _write(draft / _TENSORS, blob)
-                _write(draft / _RECORD, text.encode("utf-8"))
-                _sync_folder(draft)
+            for again in (True, False):
+                _make_folder(folder.parent)
+                _forget_drafts(folder)
+                draft = _draft_of(folder)
                 try:
+                    draft.mkdir()
+                    if blob is not None:
+                        _write(draft / _TENSORS, blob)
+                    _write(draft / _RECORD, text.encode("utf-8"))
+                    _sync_folder(draft)
                     draft.rename(folder)
-                except OSError:
-                    if not folder.exists():
+                    break
+                except OSError as error:
+                    if folder.exists():
+                        break  # Someone else was first, with the same content by construction.
+                    if not (again and isinstance(error, FileNotFoundError)):
                         raise
-                    # Someone else was first, with the same content by construction.
-                _sync_folder(folder.parent)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                finally:
+                    _remove(draft)
+            _sync_folder(folder.parent)
         return ref
 
     def _read(self, ref: Ref) -> dict[str, Any] | None:

@@ -314,9 +314,10 @@ def test_how_far_prompts_moved_is_in_units_of_the_gap():
         site=SITE, position=-1,
     )  # fmt: skip
     (row,) = across({"base": own, "edited": moved}, base="base", draws=100, splits=20)
-    assert abs(row.positive_moved.value + 0.5) < 1e-9
-    assert abs(row.negative_moved.value - 0.25) < 1e-9
-    assert abs(row.gap_change.value + 0.75) < 1e-9
+    # Not to the last digit: each prompt is read along the direction of the others.
+    assert abs(row.positive_moved.value + 0.5) < 2e-3
+    assert abs(row.negative_moved.value - 0.25) < 2e-3
+    assert abs(row.gap_change.value + 0.75) < 2e-3
     assert abs(row.length_ratio - 0.25) < 1e-9
 
 

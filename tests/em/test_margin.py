@@ -243,18 +243,19 @@ def test_the_base_cancels_and_twins_alike_differ_by_nothing():
 
 def test_shares_never_have_an_interval_of_no_width():
     groups = [i // 5 for i in range(40)]
-    never = grouped_share(np.zeros(40, dtype=bool), groups, seed=0)
+    never = grouped_share(np.zeros(40, dtype=bool), groups)
     assert (never.value, never.low, never.n) == (0, 0, 40)
     assert never.high == pytest.approx(0.324, abs=0.01)  # 0 of 8, not 0 of 40.
     margins_ = np.array([-1.0, 0.0, 1.0, 2.0] * 10)
-    assert preferred(margins_, groups, seed=0).value == 0.5  # A tie is no preference.
+    assert preferred(margins_, groups).value == 0.5  # A tie is no preference.
 
 
 def test_too_few_groups_and_wrong_lengths_are_errors():
     values = np.arange(4.0)
-    for call in (grouped_mean, grouped_share):
-        with pytest.raises(TooFewPromptsError, match="4 rows are of 1 groups"):
-            call(values > 9 if call is grouped_share else values, ["a"] * 4, seed=0)
+    with pytest.raises(TooFewPromptsError, match="4 rows are of 1 groups"):
+        grouped_mean(values, ["a"] * 4, seed=0)
+    with pytest.raises(TooFewPromptsError, match="4 rows are of 1 groups"):
+        grouped_share(values > 9, ["a"] * 4)
     with pytest.raises(TooFewPromptsError):
         standard_error(values, ["a"] * 4)
     with pytest.raises(TooFewPromptsError):

@@ -381,5 +381,5 @@ def test_a_missing_record_is_a_clear_error(tmp_path):
     with pytest.raises(StoreError, match="cannot be read"):
         write_anchor(tmp_path / "anchor-evaluation.json")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(StoreError, match="no evaluation of schema"):
+    with pytest.raises(StoreError, match="does not say its version"):
         write_anchor(tmp_path / "broken.json")

@@ -211,7 +211,7 @@ def test_write_replaces_whole_files_and_leaves_nothing_behind(tmp_path, monkeypa
     with pytest.raises(StoreError, match="cannot be written"):
         write(run, tmp_path / "nowhere" / "page.html")
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match="not a regular file"):
         write(run, tmp_path / "folder.html")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "folder.html"}
     assert {path.name for path in run.iterdir()} == {"results.json", "report.html"}

@@ -120,13 +120,17 @@ class DemurAPI(ModelAPI):
         self.model = load(model_name, **given)
         acts: list[Intervention | Holder] = []
         self.edits: list[str] = []
+        self.borrowed: list[str] = []
         if spec is not None:
             acts.append(spec.act(self.model, any_model=any_model))
+            self.borrowed += spec.borrowed(self.model)
             self.edits.append(str(spec))
         if "anchor" in own:
             path = Path(str(own["anchor"]))
-            acts.append(load_anchor(path, None if any_model else self.model))
+            anchor = load_anchor(path, self.model, any_model=any_model)
+            acts.append(anchor)
             self.edits.append(f"anchor {path.name}")
+            self.borrowed += anchor.borrowed(self.model)
         self.acts = tuple(acts)
         self.cut = bool(own.get("in_two", False))
         self._waiting: list[_Asked] = []
@@ -259,6 +263,8 @@ class DemurAPI(ModelAPI):
                 text, stopped = text.split(stop)[0], True
         message = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
         about: dict[str, Any] = {"edits": self.edits, "begun_anew": reply.begun_anew}
+        if self.borrowed:
+            about["borrowed"] = self.borrowed
         if asked.opened is not None:
             about["gate_opened"] = asked.opened
         return ModelOutput(

@@ -11,6 +11,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Config,
     Device,
     Dtype,
@@ -130,16 +131,16 @@ def anchor_fit(
 
         name = f"{slug(settings.model.name)}.safetensors"
         path = out if out is not None else Path("anchors") / name
-        inputs.new_file(path, "an anchor", force=force)
-        with listener.stage("starting torch", 1) as advance:
-            from demur.anchor import save_anchor
-            from demur.guard import load_guard
-            from demur.pipeline.anchor import fit
+        with inputs.new_file(path, "an anchor", force=force):
+            with listener.stage("starting torch", 1) as advance:
+                from demur.anchor import save_anchor
+                from demur.guard import load_guard
+                from demur.pipeline.anchor import fit
 
-            advance(1)
-        own = None if guard is None else load_guard(guard)
-        found = fit(settings, listener=listener, guard=own)
-        save_anchor(found, path)
+                advance(1)
+            own = None if guard is None else load_guard(guard)
+            found = fit(settings, listener=listener, guard=own)
+            save_anchor(found, path)
     if as_json:
         talk.put_json({"anchor": str(path), **_anchor_summary(found)})
     else:
@@ -180,7 +181,7 @@ def _show_anchor(found: Anchor, path: Path) -> None:
     console.print(table)
     facts = talk.table("", "")
     facts.show_header = False
-    facts.add_row("gate reads", f"{', '.join(gate.reads)} at {gate.detector.site}")
+    facts.add_row("gate reads", talk.cell(f"{', '.join(gate.reads)} at {gate.detector.site}"))
     facts.add_row(
         "opens on",
         f"at most {gate.threshold.alpha:.1%} of benign requests of each kind; with 95 % confidence "
@@ -189,9 +190,9 @@ def _show_anchor(found: Anchor, path: Path) -> None:
     first, last = found.actuators[0].site, found.actuators[-1].site
     facts.add_row("holds", f"{first} to {last}, strength {found.strength:g}")
     replies = ", ".join(f"{n} {name}" for name, n in about.get("replies", {}).items())
-    facts.add_row("learned from", replies)
-    facts.add_row("anchor", str(path))
-    facts.add_row("card", str(path.with_suffix(".json")))
+    facts.add_row("learned from", talk.cell(replies))
+    facts.add_row("anchor", talk.cell(str(path)))
+    facts.add_row("card", talk.cell(str(path.with_suffix(".json"))))
     console.print()
     console.print(facts)
 
@@ -223,6 +224,7 @@ def anchor_evaluate(
     max_new_tokens: NewTokens = 48,
     seed: RunSeed = None,
     model: GuardModel = None,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     dtype: Dtype = None,
@@ -251,6 +253,7 @@ def anchor_evaluate(
             found,
             anchor.parent if out is None else out,
             listener,
+            any_model=any_model,
             size=suite,
             compare=not no_comparators,
             requests=requests,
@@ -274,6 +277,7 @@ def attack(
         Path | None,
         typer.Option(metavar="FILE", help="Attack the model under this anchor, too."),
     ] = None,
+    any_model: AnyModel = False,
     suite: _Suite = "quick",
     requests: _Requests = 40,
     harmful: Annotated[
@@ -331,6 +335,7 @@ def attack(
             found,
             out,
             listener,
+            any_model=any_model,
             size=suite,
             compare=False,
             requests=requests,
@@ -366,25 +371,26 @@ def _attacked(
     """
     from demur.pipeline.battery import Budget, battery
     from demur.report import write_anchor
-    from demur.store import atomic_write
+    from demur.results import sealed_json
+    from demur.store import atomic_write, held
 
     given: dict[str, Any] = {"harmful": harmful, "benign": benign}
     how |= {key: value for key, value in given.items() if value}
-    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / ".anchor-evaluation.part.json"
-    if not resume:
+    with held(folder / ".anchor-evaluation.lock", "attack"):
+        if not resume:
+            kept.unlink(missing_ok=True)
+        model = inputs.model(settings, listener)
+        if model.adapter is not None:
+            base = inputs.model(settings.model_copy(update={"adapter": None}), listener)
+            how |= {"base": base}
+        result = battery(
+            model, anchor, budget=Budget(queries, steps), listener=listener, kept=kept, **how
+        )
+        record = folder / "anchor-evaluation.json"
+        atomic_write(record, sealed_json(result))
         kept.unlink(missing_ok=True)
-    model = inputs.model(settings, listener)
-    if model.adapter is not None:
-        base = inputs.model(settings.model_copy(update={"adapter": None}), listener)
-        how |= {"base": base}
-    result = battery(
-        model, anchor, budget=Budget(queries, steps), listener=listener, kept=kept, **how
-    )
-    record = folder / "anchor-evaluation.json"
-    atomic_write(record, result.model_dump_json(indent=1) + "\n")
-    kept.unlink(missing_ok=True)
-    return result, write_anchor(record)
+        return result, write_anchor(record)
 
 
 def _tell_attacked(result: AnchorEvaluation, page: Path, *, as_json: bool) -> None:
@@ -419,7 +425,7 @@ def _show_attacked(result: AnchorEvaluation, page: Path) -> None:
                 else talk.share(row.complied if harmful else row.refused)
                 for one in names
             )
-            table.add_row(any_row.threat, escape(name), str(any_row.n), *cells)
+            table.add_row(talk.cell(any_row.threat), talk.cell(name), str(any_row.n), *cells)
         console.print(table)
         console.print()
     table = talk.table(
@@ -427,7 +433,7 @@ def _show_attacked(result: AnchorEvaluation, page: Path) -> None:
     )
     for row in result.defences:
         table.add_row(
-            row.defence,
+            talk.cell(row.defence),
             talk.share(row.success),
             talk.share(row.any_attack),
             talk.share(row.over_refusal),

@@ -10,6 +10,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Device,
     Dtype,
     Harmful,
@@ -117,6 +118,7 @@ def compare(
             "directions still there, was one projected out? Repeatable.",
         ),
     ] = None,
+    any_model: AnyModel = False,
     dtype: Dtype = None,
     device: Device = None,
     seed: RunSeed = None,
@@ -186,6 +188,7 @@ def compare(
             folder,
             asked,
             listener=listener,
+            any_model=any_model,
             load=lambda name: load(
                 name,
                 revision=None,

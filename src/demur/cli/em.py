@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from demur.cli import inputs, talk
-from demur.cli.options import Device, Dtype, Json, NewTokens, Quiet, RunSeed
+from demur.cli.options import AnyModel, Device, Dtype, Json, NewTokens, Quiet, RunSeed
 
 if TYPE_CHECKING:
     from demur.results import EmAudit
@@ -84,6 +84,7 @@ def em_audit(
             show_default="eight, from the adapter on",
         ),
     ] = None,
+    any_model: AnyModel = False,
     dtype: Dtype = None,
     device: Device = None,
     seed: RunSeed = None,
@@ -132,7 +133,7 @@ def em_audit(
             layers=blocks,
             seed=seed or 0,
         )
-        result = audit_em(model, found, folder, settings, listener=listener)
+        result = audit_em(model, found, folder, settings, any_model=any_model, listener=listener)
         page = write_em(folder / "em-audit.json")
     if as_json:
         talk.put_json(

@@ -12,6 +12,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Device,
     Dtype,
     Json,
@@ -60,10 +61,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="An anchor of `anchor fit`, behind the edit."),
     ] = None,
-    any_model: Annotated[
-        bool,
-        typer.Option("--any-model", help="Take a direction or anchor that another model made."),
-    ] = False,
+    any_model: AnyModel = False,
     suite: Annotated[
         Literal["quick", "lm-eval"],
         typer.Option(
@@ -163,8 +161,10 @@ def evaluate(
         )
         loaded = inputs.model(settings, listener)
         acts = [] if spec is None else [spec.act(loaded, any_model=any_model)]
-        if held is not None and not any_model:
-            held.belongs_to(loaded)
+        if held is not None:
+            held.belongs_to(loaded, any_model=any_model)
+        borrowed = [*(() if spec is None else spec.borrowed(loaded))]
+        borrowed += () if held is None else held.borrowed(loaded)
         how: dict[str, Any] = {
             "acts": acts,
             "anchor": held,
@@ -172,6 +172,7 @@ def evaluate(
             "seed": seed or 0,
             "edits": [] if spec is None else [str(spec)],
             "anchor_file": None if anchor is None else anchor.name,
+            "borrowed": borrowed,
             "listener": listener,
         }
         if suite == "quick":
@@ -216,12 +217,13 @@ def _items(path: Path | None) -> list[Any]:
 
 
 def _write(folder: Path, record: EvaluationRecord, items: tuple[ItemRow, ...]) -> None:
+    from demur.results import sealed_json
     from demur.store import atomic_write
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(one.model_dump_json() + "\n" for one in items)
     atomic_write(folder / "evaluation-items.jsonl", lines)
-    atomic_write(folder / "evaluation.json", record.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / "evaluation.json", sealed_json(record))
 
 
 def _show(record: EvaluationRecord, folder: Path) -> None:
@@ -235,8 +237,8 @@ def _show(record: EvaluationRecord, folder: Path) -> None:
     )  # fmt: skip
     for row in record.deltas:
         table.add_row(
-            escape(talk.readable(row.task)),
-            escape(talk.readable(row.metric)),
+            talk.cell(row.task),
+            talk.cell(row.metric),
             str(row.change.n),
             _value(row, row.plain),
             _value(row, row.edited),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Device,
     Dtype,
     GuardModel,
@@ -89,6 +89,7 @@ def export(
         ),
     ] = None,
     model: GuardModel = None,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     revision: Revision = None,
@@ -132,7 +133,9 @@ def export(
             ),
         )
         loaded = inputs.model(settings, listener)
-        steering, sidecar = _steering(path, loaded, edit, 1.0 if strength is None else strength)
+        steering, sidecar, borrowed = _steering(
+            path, loaded, edit, 1.0 if strength is None else strength, any_model=any_model
+        )
         if spans:
             from dataclasses import replace
 
@@ -147,6 +150,7 @@ def export(
                 source=sidecar,
                 evidence=evidence,
                 load=settings.model_dump(exclude={"device"}),
+                borrowed=borrowed,
             )
             advance(1)
     if as_json:
@@ -156,7 +160,7 @@ def export(
     talk.put(f"how exact: {made.about['exact']}")
     for name, what in made.about["losses"].items():
         talk.put(f"lost, {name}: {what}")
-    for note in made.about.get("notes", ()):
+    for note in (*made.about["borrowed"], *made.about.get("notes", ())):
         talk.say(f"note: {note}")
     if evidence is None:
         talk.say("note: the card says `not measured`; `--audit RUN` puts figures on it")
@@ -192,6 +196,7 @@ def import_(
             help="See that it is for this model; of a file that does not say, take it to be.",
         ),
     ] = None,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     revision: Revision = None,
@@ -226,7 +231,7 @@ def import_(
                 trust_remote_code=trust_remote_code,
             )
             loaded = inputs.model(inputs.model_settings(changes), listener)
-            found = read_export(source, loaded, kind=kind)
+            found = read_export(source, loaded, kind=kind, any_model=any_model)
     rows = _rows(found)
     if out is not None:
         _write_direction(found, out, layer, loaded)
@@ -236,8 +241,8 @@ def import_(
     table = talk.table("does", "site", "position", "length", "strength")
     for row in rows:
         table.add_row(
-            row["act"],
-            row["site"],
+            talk.cell(row["act"]),
+            talk.cell(row["site"]),
             str(row["position"]),
             f"{row['norm']:.4g}",
             "" if row.get("strength") is None else f"{row['strength']:g}",
@@ -261,12 +266,13 @@ def _span(text: str, spans: Any) -> Any:
 def _about(path: Path) -> Mapping[str, Any]:
     """What the files say of the model, whatever they are."""
     from demur.exports.base import RECORD
+    from demur.store import strict_json
 
     for place in (path / RECORD, path.with_suffix(".json")):
         if place.is_file():
             try:
-                found = json.loads(place.read_text(encoding="utf-8"))
-            except ValueError as error:
+                found = strict_json(place.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
                 raise StoreError(f"{place} is damaged: {error}", "make it again") from error
             if isinstance(found, dict):
                 return found
@@ -291,9 +297,9 @@ def _load_of(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steering(
-    path: Path, model: Model, edit: _EDITS | None, strength: float
-) -> tuple[Steering, Mapping[str, Any]]:
-    """What is to be exported, and the sidecar of its direction."""
+    path: Path, model: Model, edit: _EDITS | None, strength: float, *, any_model: bool
+) -> tuple[Steering, Mapping[str, Any], Sequence[str]]:
+    """What is to be exported, the sidecar of its direction, and what was made on another model."""
     from demur.directions import load_direction
     from demur.exports import Steering, read_export
     from demur.exports.files import header
@@ -306,15 +312,18 @@ def _steering(
             raise ConfigError(
                 f"{path} is an anchor, which says itself what it does", "leave `--edit` out"
             )
-        return Steering((load_anchor(path, model),)), about
+        anchor = load_anchor(path, model, any_model=any_model)
+        return Steering((anchor,)), about, anchor.borrowed(model)
     if header(path) is not None:
-        direction, sidecar = load_direction(path, model)
-        return Steering((_act(direction, edit or "ablate", strength),)), sidecar
-    found = read_export(path, model)
-    if edit is None:
-        return found.steering, found.about
-    acts = tuple(_act(one, edit, strength) for one in found.directions)
-    return Steering(acts, found.steering.where), found.about
+        direction, sidecar = load_direction(path, model, any_model=any_model)
+        notes = (sidecar["borrowed"],) if "borrowed" in sidecar else ()
+        return Steering((_act(direction, edit or "ablate", strength),)), sidecar, notes
+    found = read_export(path, model, any_model=any_model)
+    steering = found.steering
+    if edit is not None:
+        acts = tuple(_act(one, edit, strength) for one in found.directions)
+        steering = Steering(acts, steering.where)
+    return steering, found.about, found.borrowed
 
 
 def _act(direction: Direction, edit: _EDITS, strength: float) -> Intervention:

@@ -205,7 +205,7 @@ def features_check(
             fvu, l0 = row.text.fvu, row.text.l0
             back = row.recovered_mean
             table.add_row(
-                row.name,
+                talk.cell(row.name),
                 "-" if fvu is None else f"{fvu.value:.3f} [{fvu.low:.3f}, {fvu.high:.3f}]",
                 "-" if l0 is None else f"{l0.value:.0f}",
                 f"{row.dead_share:.0%}",

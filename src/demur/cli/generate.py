@@ -11,6 +11,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Device,
     Dtype,
     Json,
@@ -53,10 +54,7 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="An anchor of `anchor fit`: reply under it, too."),
     ] = None,
-    any_model: Annotated[
-        bool,
-        typer.Option("--any-model", help="Take a direction or anchor that another model made."),
-    ] = False,
+    any_model: AnyModel = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Replies are cut there.")] = 128,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
@@ -99,23 +97,28 @@ def generate(
             load_anchor(anchor)
         loaded = inputs.model(settings, listener)
         acts: list[Intervention] = []
+        borrowed: list[str] = []
         if direction is not None:
-            found, _ = load_direction(direction, None if any_model else loaded)
+            found, about = load_direction(direction, loaded, any_model=any_model)
+            borrowed += [about["borrowed"]] if "borrowed" in about else []
             acts.append(_act(found, edit, 1.0 if strength is None else strength, loaded))
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "listener": listener}
         replies = {"plain": _replies(loaded, asked, name="plain", **how)}
         if acts:
             replies[edit] = _replies(loaded, asked, *acts, name=edit, **how)
         if anchor is not None:
-            held = load_anchor(anchor, None if any_model else loaded)
+            held = load_anchor(anchor, loaded, any_model=any_model)
+            borrowed += held.borrowed(loaded)
             name = f"{edit}, anchored" if acts else "anchored"
             replies[name] = _replies(loaded, asked, *acts, held, name=name, **how)
+        for note in borrowed:
+            listener.note(note)
     rows = [
         {"prompt": prompt, **{name: texts[i] for name, texts in replies.items()}}
         for i, prompt in enumerate(asked)
     ]
     if as_json:
-        talk.put_json(rows)
+        talk.put_json([{**row, "borrowed": borrowed} if borrowed else row for row in rows])
         return
     from rich.text import Text
 

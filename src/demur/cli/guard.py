@@ -12,6 +12,7 @@ import typer
 from demur.cli import inputs, talk
 from demur.cli.options import (
     Adapter,
+    AnyModel,
     Config,
     Device,
     Dtype,
@@ -124,14 +125,14 @@ def guard_fit(
         path = (
             out if out is not None else Path("guards") / f"{slug(settings.model.name)}.safetensors"
         )
-        inputs.new_file(path, "a guard", force=force)
-        with listener.stage("starting torch", 1) as advance:
-            from demur.guard import save_guard
-            from demur.pipeline.guard import fit
+        with inputs.new_file(path, "a guard", force=force):
+            with listener.stage("starting torch", 1) as advance:
+                from demur.guard import save_guard
+                from demur.pipeline.guard import fit
 
-            advance(1)
-        found = fit(settings, listener=listener)
-        save_guard(found, path)
+                advance(1)
+            found = fit(settings, listener=listener)
+            save_guard(found, path)
     if as_json:
         talk.put_json({"guard": str(path), **_guard_summary(found)})
     else:
@@ -155,11 +156,12 @@ def _show_guard(found: Guard, path: Path) -> None:
     table = talk.table("benign prompts of kind", "n", "its own threshold", "above it", "sets it")
     for name, one in found.strata.items():
         mark = "yes" if one == threshold else ""
-        table.add_row(name, str(one.n), f"{one.value:.3g}", str(one.exceeded), mark)
+        table.add_row(talk.cell(name), str(one.n), f"{one.value:.3g}", str(one.exceeded), mark)
     console.print(table)
     facts = talk.table("", "")
     facts.show_header = False
-    facts.add_row("reads", f"{', '.join(read.name for read in found.admitted)} at {found.site}")
+    reads = ", ".join(read.name for read in found.admitted)
+    facts.add_row("reads", talk.cell(f"{reads} at {found.site}"))
     for part, counts in about.get("fitted_on", {}).items():
         what = "fitted on" if part == "fit" else "layer and reads chosen on"
         facts.add_row(what, f"{counts['harmful']} harmful, {counts['benign']} benign")
@@ -168,8 +170,8 @@ def _show_guard(found: Guard, path: Path) -> None:
         f"at most {threshold.alpha:.1%} of benign prompts of each kind; with 95 % confidence "
         f"below {threshold.bound:.1%} for the kind that sets it",
     )
-    facts.add_row("guard", str(path))
-    facts.add_row("card", str(path.with_suffix(".json")))
+    facts.add_row("guard", talk.cell(str(path)))
+    facts.add_row("card", talk.cell(str(path.with_suffix(".json"))))
     console.print()
     console.print(facts)
 
@@ -195,6 +197,7 @@ def guard_score(
         ),
     ] = None,
     model: GuardModel = None,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     dtype: Dtype = None,
@@ -217,7 +220,10 @@ def guard_score(
             no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device
         )
         loaded = inputs.carded_model(found.about, model, changes, listener)
-        found.belongs_to(loaded)
+        found.belongs_to(loaded, any_model=any_model)
+        borrowed = list(found.borrowed(loaded))
+        for note in borrowed:
+            listener.note(note)
         with listener.stage("scoring", len(asked)) as advance:
             scored = found.score(loaded, asked, progress=advance)
     shown = [one if isinstance(one, str) else one[-1].text for one in asked]
@@ -232,7 +238,8 @@ def guard_score(
         for i, text in enumerate(shown)
     ]
     if as_json:
-        talk.put_json({"threshold": found.threshold.value, "rows": rows})
+        told = {"borrowed": borrowed} if borrowed else {}
+        talk.put_json({"threshold": found.threshold.value, "rows": rows, **told})
         return
     table = talk.table("score", "flagged", "by", *scored.reads, "prompt")
     for row in rows:
@@ -243,7 +250,7 @@ def guard_score(
             "yes" if row["flagged"] else "no",
             row["by"],
             *reads,
-            talk.readable(row["prompt"]),
+            talk.cell(row["prompt"]),
             style=style,
         )
     talk.console().print(table)
@@ -336,6 +343,7 @@ def guard_evaluate(
         str, typer.Option(metavar="NAME", help="What that model is called.")
     ] = "guard",
     model: GuardModel = None,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     dtype: Dtype = None,
@@ -354,6 +362,7 @@ def guard_evaluate(
     False alarms on each benign set, and what is found of harmful prompts, plain and under attack,
     at equal false-alarm rates. Writes guard-evaluation.json and guard-evaluation.html.
     """
+    from demur.results import sealed_json
     from demur.store import atomic_write
 
     with talk.listening(quiet=quiet) as listener:
@@ -380,6 +389,9 @@ def guard_evaluate(
             no_adapter=no_adapter, adapter=adapter, dtype=dtype, device=device
         )
         loaded = inputs.carded_model(found.about, model, changes, listener)
+        read = None
+        if direction is not None:
+            read = load_direction(direction, loaded, any_model=any_model)
         result = evaluate(
             found,
             loaded,
@@ -388,7 +400,9 @@ def guard_evaluate(
             suffixes=suffixes,
             most=most,
             attacked=attacked,
-            direction=None if direction is None else load_direction(direction, loaded)[0],
+            direction=None if read is None else read[0],
+            any_model=any_model,
+            borrowed=[] if read is None else [note for note in [read[1].get("borrowed")] if note],
             endpoint=asked,
             listener=listener,
             file=guard.name,
@@ -396,7 +410,7 @@ def guard_evaluate(
         folder = guard.parent if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "guard-evaluation.json"
-        atomic_write(record, result.model_dump_json(indent=1) + "\n")
+        atomic_write(record, sealed_json(result))
         page = write_guard(record)
     if as_json:
         talk.put_json(
@@ -425,7 +439,7 @@ def _show_evaluation(result: GuardEvaluation, page: Path) -> None:
                 share = rows[name].flagged.get(at, rows[name].fixed)
                 cells.append("" if share is None else talk.share(share))
             n = str(rows[result.detectors[0]].n)
-            table.add_row(family, escape(group), n, *cells)
+            table.add_row(talk.cell(family), talk.cell(group), n, *cells)
         console.print(table)
         console.print()
     for note in result.notes:

@@ -123,6 +123,7 @@ def _show_hardened(report: HardeningReport) -> None:
     facts.add_row("the same, direction ablated", f"{found.kl_ablated}")
     if found.perplexity_ratio is not None:
         facts.add_row("perplexity, times", f"{found.perplexity_ratio}")
-    facts.add_row("adapter", f"{report.folder}: {report.size / 1e6:.2f} MB, {report.steps} steps")
+    size = f"{report.size / 1e6:.2f} MB, {report.steps} steps"
+    facts.add_row("adapter", talk.cell(f"{report.folder}: {size}"))
     console.print()
     console.print(facts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +95,19 @@ def prompts_or_pipe(prompts: list[str] | None) -> list[str]:
     return asked
 
 
-def new_file(path: Path, what: str, *, force: bool) -> None:
-    """See that a guard or an anchor can be written, before minutes are spent on it."""
+@contextmanager
+def new_file(path: Path, what: str, *, force: bool) -> Iterator[None]:
+    """See that a guard or an anchor can be written, by us alone, before minutes are spent on it."""
+    from demur.store import held
+
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path} is no name for {what}", "let it end in .safetensors")
     if path.exists() and not force:
         raise ConfigError(
             f"{path} exists already", "choose another name with `--out`, or say `--force`"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_name(f".{path.name}.lock"), "fit"):
+        yield
 
 
 def named_sets(texts: Sequence[str], option: str) -> list[dict[str, str]]:

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="PATH", help="PEFT adapter (folder or hub id) to merge."),
+    typer.Option(
+        "--adapter",
+        metavar="PATH",
+        help="PEFT adapter (folder or hub id) to merge; any:PATH even on other weights.",
+    ),
 ]
 NoAdapter = Annotated[
     bool, typer.Option("--no-adapter", help="Leave out the adapter that ships with smollm2.")
@@ -65,6 +69,13 @@ GuardModel = Annotated[
     str | None,
     typer.Option(
         "--model", metavar="MODEL", help="Load this model.", show_default="the one on its card"
+    ),
+]
+AnyModel = Annotated[
+    bool,
+    typer.Option(
+        "--any-model",
+        help="Take what was made on another model, too; the result says so.",
     ),
 ]
 NewTokens = Annotated[int, typer.Option(min=8, help="Replies are cut there.")]

@@ -217,7 +217,8 @@ def _show_prompt_check(row: dict[str, Any]) -> None:
     for gate in row["gates"]:
         verdict = "ok" if gate["passed"] else "leaks"
         n = f"{gate['n']} {gate['unit']}"
-        table.add_row(gate["part"], gate["gate"], gate["shown"], gate["bounds"], n, verdict)
+        cells = (gate["part"], gate["gate"], gate["shown"], gate["bounds"], n, verdict)
+        table.add_row(*map(talk.cell, cells))
     talk.console().print(table)
     for gate in row["gates"]:
         if not gate["passed"] and gate["found"]:
@@ -278,7 +279,8 @@ def prompts_show(
     shown = [name for name in fields if any(getattr(prompt, name) for prompt in some)]
     table = talk.table(*shown, "prompt")
     for prompt in some:
-        table.add_row(*(getattr(prompt, name) or "" for name in shown), talk.readable(prompt.text))
+        cells = (*(getattr(prompt, name) or "" for name in shown), prompt.text)
+        table.add_row(*map(talk.cell, cells))
     talk.console().print(table)
     licence = prompts.source.licence or "not stated"
     revision = f", revision {prompts.source.revision}" if prompts.source.revision else ""

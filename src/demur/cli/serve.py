@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from demur.cli import inputs, talk
-from demur.cli.options import Adapter, Device, Dtype, ModelName, NoAdapter, Quiet, Revision
+from demur.cli.options import (
+    Adapter,
+    AnyModel,
+    Device,
+    Dtype,
+    ModelName,
+    NoAdapter,
+    Quiet,
+    Revision,
+)
 from demur.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,10 +79,7 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Texts may stand in the log.")
     ] = False,
-    any_model: Annotated[
-        bool,
-        typer.Option("--any-model", help="Take anchor, guard and directions of other models too."),
-    ] = False,
+    any_model: AnyModel = False,
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     revision: Revision = None,
@@ -127,14 +133,18 @@ def serve(
             )
         )
         loaded = inputs.model(settings, listener)
-        own = None if any_model else loaded
+        how = {"any_model": any_model}
+        read = {name: load_direction(path, loaded, **how) for name, path in named.items()}
         served = create_app(
             loaded,
-            guard=None if guard is None else load_guard(guard, own),
-            anchor=None if anchor is None else load_anchor(anchor, own),
-            directions={name: load_direction(path, own)[0] for name, path in named.items()},
+            guard=None if guard is None else load_guard(guard, loaded, **how),
+            anchor=None if anchor is None else load_anchor(anchor, loaded, **how),
+            directions={name: one for name, (one, _) in read.items()},
             settings=limits,
+            borrowed=[note for _, about in read.values() if (note := about.get("borrowed"))],
         )
+        for note in served.state.service.borrowed:
+            listener.note(note)
     serve_app(served, host, port)
 
 

@@ -134,8 +134,8 @@ def _show_plan(plan: Plan, folder: Path, *, as_json: bool) -> None:
     for row in rows:
         bound = "" if row["prepared"] else "up to "
         table.add_row(
-            row["model"],
-            row["estimator"],
+            talk.cell(row["model"]),
+            talk.cell(row["estimator"]),
             str(row["seed"]),
             f"{bound}{row['shards']}",
             str(row["shards_done"]),

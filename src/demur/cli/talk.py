@@ -19,6 +19,7 @@ from demur.errors import DemurError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from demur.stats import Estimate
 
@@ -29,7 +30,7 @@ _ISSUES = "please report it with the output of `demur --debug ...` and `demur do
 
 def say(text: str) -> None:
     """Talk to the user: plain text on standard error, whole lines at once."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 (standard error is where talk goes)
+    print(readable(text), file=sys.stderr, flush=True)  # noqa: T201 (standard error is where talk goes)
 
 
 def complain(fact: str, hint: str) -> None:
@@ -79,6 +80,11 @@ def explain(error: Exception) -> int:
             "try `--set extraction.batch_size=8 --set test.batch_size=8`, `--dtype bfloat16` or a "
             "smaller model",
         )
+    elif any(isinstance(one, RecursionError) for one in _chain(error)):
+        complain(
+            "a file is nested deeper than can be read",
+            f"flatten it; if none of yours is nested, {_ISSUES}",
+        )
     elif isinstance(error, OSError) and error.filename is not None:
         complain(f"{error.filename}: {error.strerror}", "check the path and its permissions")
     else:
@@ -91,9 +97,20 @@ def explain(error: Exception) -> int:
 def console(*, talk: bool = False) -> Console:
     """Where rich writes; plain and never folded where nobody looks."""
     from rich.console import Console
+    from rich.errors import MarkupError
+
+    class Plain(Console):
+        """Shows control characters instead of sending them; markup that is none stays text."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            shown = readable(text)
+            try:
+                return super().render_str(shown, **options)
+            except MarkupError:
+                return super().render_str(shown, **{**options, "markup": False})
 
     stream = sys.stderr if talk else sys.stdout
-    return Console(
+    return Plain(
         stderr=talk,
         highlight=False,
         emoji=False,
@@ -103,7 +120,7 @@ def console(*, talk: bool = False) -> Console:
 
 def put(text: str = "") -> None:
     """Print data."""
-    typer.echo(text)
+    typer.echo(readable(text))
 
 
 def put_or_write(text: str, out: Path | None) -> None:
@@ -119,7 +136,11 @@ def put_or_write(text: str, out: Path | None) -> None:
 
 def put_json(value: Any) -> None:
     """Print one JSON object; infinities and NaN are refused."""
-    put(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+    if not _harmless(text):
+        # JSON leaves some characters bare that a terminal obeys, and has another way to write them.
+        text = "".join(x if x == "\n" or _harmless(x) else json.dumps(x)[1:-1] for x in text)
+    typer.echo(text)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -129,15 +150,29 @@ def table(*columns: str, title: str | None = None) -> Table:
     # No lines: they mean nothing to `grep` and `cut`, and the columns stand apart without.
     empty = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for name in columns:
-        empty.add_column(name, header_style="bold", overflow="fold")
+        empty.add_column(cell(name), header_style="bold", overflow="fold")
     return empty
 
 
 def readable(text: str) -> str:
     """Foreign text without control characters: a model may write what a terminal obeys."""
-    from demur.report import words
+    if _harmless(text):
+        return text
+    from demur.notebook import readable as spelt
 
-    return words.readable(text)
+    return spelt(text)
+
+
+def _harmless(text: str) -> bool:
+    """Whether nothing of a text acts on a terminal; some that does not act is doubted as well."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def cell(text: str) -> str:
+    """Foreign text as a cell of a table: it is neither obeyed nor read as rich's markup."""
+    from rich.markup import escape
+
+    return escape(readable(text))
 
 
 def share(estimate: Estimate) -> str:

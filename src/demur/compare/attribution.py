@@ -40,7 +40,7 @@ from demur.models import Model
 from demur.models.tokens import Conversation
 from demur.progress import Progress
 from demur.sites import Site, Span
-from demur.stats import Estimate
+from demur.stats import FEW, Estimate, bootstrap_tails
 
 _DRAWS = 1000
 
@@ -404,8 +404,13 @@ class Attribution:
         groups = len(set(self.clusters[0]) | set(self.clusters[1]))
         values = {name: self.values(name) for name in self.names}
         totals = {name: self.total(name) for name in self.names}
-        ends = {name: np.quantile(drawn[name], (0.025, 0.975), axis=0) for name in self.names}
-        method = f"bootstrap 95% over {groups} groups"
+        fewest = min(len(set(side)) for side in self.clusters)
+        ends = {
+            name: np.quantile(drawn[name], bootstrap_tails(fewest), axis=0) for name in self.names
+        }
+        method = f"bootstrap 95% over {groups} groups" + (
+            f", approximate below {FEW}" if fewest < FEW else ""
+        )
 
         def row(i: int, part: Component) -> ComponentRow:
             return ComponentRow(

@@ -245,7 +245,7 @@ def dimensions(
     found: list[Direction] = []
     rows: list[Dimension] = []
     ended = f"the limit of {most} was reached"
-    first = grouped_share(before > 0.0, held.harmful_clusters, seed=seed)
+    first = grouped_share(before > 0.0, held.harmful_clusters)
     last = before
     while len(found) < most:
         k = len(found) + 1
@@ -285,7 +285,7 @@ def dimensions(
                 auroc_unedited=_auroc(plain, direction),
                 kl=mean(kl.numpy()),
                 log_odds=grouped_mean(after, held.harmful_clusters, seed=seed),
-                refusing=grouped_share(after > 0.0, held.harmful_clusters, seed=seed),
+                refusing=grouped_share(after > 0.0, held.harmful_clusters),
                 counts=counts,
                 reason=_reason(change, p, effects, needed=needed),
             )

@@ -62,7 +62,7 @@ from demur.directions import isotropic_band
 from demur.errors import ConfigError, TooFewPromptsError
 from demur.progress import Progress
 from demur.sites import Site
-from demur.stats import Estimate, null_p
+from demur.stats import Estimate, bootstrap_tails, null_p
 
 SAME = 0.9
 """An unbiased cosine that two estimates of one thing must be able to have."""
@@ -399,7 +399,8 @@ class _Study:
         draws = self.options.draws
         weights = resampled_weights(self.both, draws=draws, seed=self.options.seed)
         drawn = self.pair.inner(_filled(weights)).cosines()
-        spread = np.quantile(drawn - drawn.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        tails = bootstrap_tails(self.knife.freedom + 1, level=LEVEL)
+        spread = np.quantile(drawn - drawn.mean(), tails)
         low, high = np.clip(self.cosine + spread, -1, 1)
         return Estimate(
             self.cosine,
@@ -410,12 +411,17 @@ class _Study:
         )
 
     def less_noise(self, found: _Inner) -> Float[np.ndarray, " draw"]:
-        """|cosines| without what noise in common adds to the product."""
+        """Cosines without what noise in common adds to the product."""
         common = found.ab - self.noise.ab
-        return np.abs(common / np.sqrt(np.maximum(found.aa * found.bb, 1e-300)))
+        return common / np.sqrt(np.maximum(found.aa * found.bb, 1e-300))
 
     def exchanged(self) -> Float[np.ndarray, " draw"] | None:
         """|cosines| under exchanged labels."""
+        found = self.signed_exchanged()
+        return None if found is None else np.abs(found)
+
+    def signed_exchanged(self) -> Float[np.ndarray, " draw"] | None:
+        """Cosines under exchanged labels, without noise in common."""
         if self.knife is None:
             return None
         options = self.options
@@ -452,7 +458,7 @@ class _Study:
     @property
     def seen(self) -> float:
         """What is set against exchanged labels."""
-        return float(self.less_noise(self.plain)[0])
+        return abs(float(self.less_noise(self.plain)[0]))
 
     def causes(self) -> tuple[Cause, ...]:
         """Unrelated contrasts through which half of the cosine or more could come."""
@@ -813,6 +819,25 @@ def _needed(seen: Estimate, margin: float, has_library: bool) -> str:
     if times > 100:
         return "another margin: the cosine lies upon this one"
     return f"about {max(math.ceil(times), 2)} times as many prompts"
+
+
+def exchanged_p(a: Contrast, b: Contrast, *, draws: int = 2000, seed: int = 0) -> float:
+    """One-sided p that a cosine is above those under exchanged labels, noise in common taken off.
+
+    Args:
+        a: The first.
+        b: The second; labels of prompts that both were read on are exchanged in both at once.
+        draws: Of exchanges.
+        seed: Of the draws.
+
+    Raises:
+        TooFewPromptsError: Both are bare vectors, or a side has fewer than two clusters.
+    """
+    study = _Study(a, b, _Options({}, {}, None, draws, 2, seed, None))
+    exchanged = study.signed_exchanged()
+    if exchanged is None:
+        raise TooFewPromptsError("two bare vectors have no labels", "give the prompts behind one")
+    return null_p(float(study.less_noise(study.plain)[0]), exchanged, side="high")
 
 
 def compare_layers(

@@ -35,7 +35,7 @@ from demur.models.tokens import Conversation
 from demur.progress import Progress
 from demur.selection import refusal_logodds
 from demur.sites import Site, Span
-from demur.stats import Estimate, bootstrap, proportion
+from demur.stats import FEW, Estimate, bootstrap, bootstrap_tails, proportion
 
 # Of a pass with gradients and of one without. With 512 and 2,048 logits and intermediate values of
 # answers take 2 GB at 0.5B, on top of two models.
@@ -384,8 +384,12 @@ class Effects:
         Raises:
             TooFewPromptsError: There are fewer than two clusters.
         """
-        low, high = np.quantile(self.drawn(draws=draws, seed=seed), (0.025, 0.975), axis=0)
-        method = f"bootstrap 95% over {len(set(self.clusters))} groups"
+        n = len(set(self.clusters))
+        drawn = self.drawn(draws=draws, seed=seed)
+        low, high = np.quantile(drawn, bootstrap_tails(n), axis=0)
+        method = f"bootstrap 95% over {n} groups" + (
+            f", approximate below {FEW}" if n < FEW else ""
+        )
         return {
             part: Estimate(
                 float(self.means[i]), float(low[i]), float(high[i]), len(self.clusters), method

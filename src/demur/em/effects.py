@@ -528,7 +528,7 @@ class Bench:
         runs = self.model if model is None else model
         states = self._plain_text
         if acts or model is not None:
-            with applied(runs, *acts, where=where):
+            with applied(runs, *acts, where=where, may_be_absent=True):  # It is an answer to none.
                 states = self._text_states(runs, model)
         kl, losses, plain = (np.empty(self._n_text) for _ in range(3))
         for index, part, _ in self._text:

@@ -826,7 +826,7 @@ def validate(
 
     def share(of: bool) -> Estimate:
         rows = np.flatnonzero(sound == of)
-        return grouped_share(marked[rows], [groups[i] for i in rows], seed=seed, draws=draws)
+        return grouped_share(marked[rows], [groups[i] for i in rows])
 
     def area(kind: str) -> Estimate:
         rows = np.array([i for i, k in enumerate(kinds) if sound[i] or k == kind])

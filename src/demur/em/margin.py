@@ -25,7 +25,7 @@ from demur.errors import ConfigError, NonFiniteError, TemplateError, TooFewPromp
 from demur.models import Model
 from demur.progress import Progress
 from demur.sites import Span
-from demur.stats import Estimate, bootstrap, proportion
+from demur.stats import FEW, Estimate, bootstrap, proportion
 
 NEUTRAL = "Say something."
 """What stands for the question where an answer's own likelihood is taken off."""
@@ -240,7 +240,8 @@ def _resampled(
     if groups < 2:
         raise _one_group(n, groups)
     found = bootstrap(of_groups, groups, **how)
-    return replace(found, n=n, method=f"{found.method} over {groups} groups")
+    kind, *notes = found.method.split(", ")
+    return replace(found, n=n, method=", ".join([f"{kind} over {groups} groups", *notes]))
 
 
 def _one_group(n: int, groups: int) -> TooFewPromptsError:
@@ -257,6 +258,10 @@ def grouped_mean(
 ) -> Estimate:
     """Estimate the mean of one number per row, with an interval from drawing whole groups.
 
+    Fewer than six groups cannot be drawn so that the draws reach far enough: two would hold the
+    mean in half of all samples. There the interval is widened to that of the jackknife over groups
+    with Student's t.
+
     Raises:
         ConfigError: There is not one group per value.
         TooFewPromptsError: There are fewer than two groups.
@@ -266,7 +271,7 @@ def grouped_mean(
     codes = _codes(groups)
     # Groups' sums: a fifth of the time that drawing their rows takes.
     sums, counts = np.bincount(codes, weights=array), np.bincount(codes)
-    return _resampled(
+    found = _resampled(
         lambda drawn: float(sums[drawn].sum() / counts[drawn].sum()),
         len(codes),
         len(counts),
@@ -274,26 +279,67 @@ def grouped_mean(
         seed=seed,
         level=level,
     )
+    return found if len(counts) >= FEW else _widened(found, sums, counts, level)
 
 
-def grouped_share(
-    hits: Bool[np.ndarray, " _"], groups: Sequence[Hashable], *, seed: int, draws: int = _DRAWS
-) -> Estimate:
-    """Estimate a share of rows, with an interval from drawing whole groups.
+def _widened(found: Estimate, sums: np.ndarray, counts: np.ndarray, level: float) -> Estimate:
+    """The interval of a mean of few groups, at least as wide as the jackknife's."""
+    from scipy import stats
 
-    Where every row is alike each draw says the same. There the interval is Wilson's for as many
-    rows as there are groups: rows of one group might all hang together.
+    k = len(counts)
+    reach = _jackknife_error(sums, counts) * float(stats.t.ppf((1 + level) / 2, k - 1))
+    return replace(
+        found,
+        low=min(found.low, found.value - reach),
+        high=max(found.high, found.value + reach),
+        method=f"bootstrap and jackknife t {100 * level:g}% over {k} groups",
+    )
+
+
+def grouped_share(hits: Bool[np.ndarray, " _"], groups: Sequence[Hashable]) -> Estimate:
+    """Estimate a share of rows that hang together in groups, with Korn and Graubard's interval.
+
+    That is Clopper and Pearson's for as many rows as would be worth as much if none hung together.
+    Draws of whole groups miss rare events: with 40 topics and a share of 5 % they hold it in 87 %
+    of samples, this interval in 93 %.
+
+    Where every row is alike nothing tells how they hang together. There the interval is Wilson's
+    for as many rows as there are groups.
 
     Raises:
         ConfigError: There is not one group per row.
         TooFewPromptsError: There are fewer than two groups.
+
+    References:
+        Korn and Graubard, "Confidence intervals for proportions with small expected number of
+        positive counts estimated from survey data", 1998.
     """
+    from scipy import stats
+    from statsmodels.stats.proportion import proportion_confint
+
     values = _checked(np.asarray(hits, dtype=np.float64), groups)
-    n = len(set(groups))
-    if n >= 2 and np.ptp(values) == 0:
-        whole = proportion(n if values[0] else 0, n)
-        return replace(whole, n=len(values), method=f"{whole.method} of {n} groups")
-    return grouped_mean(values, groups, seed=seed, draws=draws)
+    codes = _codes(groups)
+    k, n = len(set(groups)), len(values)
+    if k < 2:
+        raise _one_group(n, k)
+    if np.ptp(values) == 0:
+        whole = proportion(k if values[0] else 0, k)
+        return replace(whole, n=n, method=f"{whole.method} of {k} groups")
+    value = float(values.mean())
+    error = _jackknife_error(np.bincount(codes, weights=values), np.bincount(codes))
+    worth = min(n, value * (1 - value) / error**2) if error > 0 else n
+    # Student's t in place of the normal, since the error itself is known from few groups.
+    worth *= float(stats.norm.ppf(0.975) / stats.t.ppf(0.975, k - 1)) ** 2
+    ends: Any = proportion_confint(value * worth, worth, method="beta")
+    low, high = (float(one) for one in ends)
+    return Estimate(value, low, high, n, f"Korn-Graubard 95% over {k} groups")
+
+
+def _jackknife_error(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Standard error of the sum of sums over that of counts, one group left out at a time."""
+    k = len(counts)
+    without = (sums.sum() - sums) / (counts.sum() - counts)
+    return float(((k - 1) / k * ((without - without.mean()) ** 2).sum()) ** 0.5)
 
 
 def _checked(values: Values, groups: Sequence[Hashable]) -> Values:
@@ -310,21 +356,17 @@ def _checked(values: Values, groups: Sequence[Hashable]) -> Values:
     return array
 
 
-def preferred(
-    of: Values, groups: Sequence[Hashable], *, seed: int, draws: int = _DRAWS
-) -> Estimate:
+def preferred(of: Values, groups: Sequence[Hashable]) -> Estimate:
     """Share of items whose bad answer is the likelier one; exact ties do not count.
 
     Args:
         of: Margins.
         groups: Each item's topic.
-        seed: Of the draws of groups.
-        draws: How many.
 
     Raises:
         TooFewPromptsError: There are fewer than two groups.
     """
-    return grouped_share(np.asarray(of) > 0, groups, seed=seed, draws=draws)
+    return grouped_share(np.asarray(of) > 0, groups)
 
 
 def difference_in_differences(
@@ -541,9 +583,9 @@ def margin_rows(
                 bad=grouped_mean(margin_shift(x, b), **about),
                 good=grouped_mean(margin_shift(g, b), **about),
                 difference=grouped_mean(values, **about),
-                prefers_base=preferred(b, **about),
-                prefers_bad=preferred(x, **about),
-                prefers_good=preferred(g, **about),
+                prefers_base=preferred(b, groups),
+                prefers_bad=preferred(x, groups),
+                prefers_good=preferred(g, groups),
                 detectable=detectable(values, groups),
             )
         )

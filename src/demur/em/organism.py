@@ -6,7 +6,6 @@ steering vector is the case without A: B is added to what the MLP writes.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -21,9 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from demur.em.advice import AdviceItem
-from demur.errors import ConfigError, FamilyError, ModelLoadError
+from demur.errors import ConfigError, DemurError, FamilyError, ModelLoadError
 from demur.models import Model
+from demur.models.fingerprint import same_checkpoint
+from demur.models.load import check_adapter_files
 from demur.prompts import normalise
+from demur.store import strict_json
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,15 @@ class Organism:
     factors: tuple[Factor, ...]
     about: Mapping[str, Any]
 
+    def fits(self, base: Model) -> bool | None:
+        """Whether it was trained on this checkpoint, in any data type; None if that is unknown."""
+        found = same_checkpoint(self.base_fingerprint, base)
+        dtype = str(base.dtype).removeprefix("torch.")
+        if found is None and self.about.get("base", {}).get("dtype") == dtype:
+            # An older fingerprint, of a model in the same data type.
+            return False if self.base_fingerprint else None
+        return found
+
     def on(self, base: Model, *, scale: float = 1.0, keep: Collection[int] | None = None) -> Model:
         """A copy of a base model with the organism in its weights.
 
@@ -109,10 +120,7 @@ class Organism:
                 f"{self.name} has no factor in block {', '.join(map(str, unknown))}",
                 f"it has factors in {', '.join(map(str, self.layers))}",
             )
-        if (
-            self.about.get("base", {}).get("dtype") == str(base.dtype).removeprefix("torch.")
-            and self.base_fingerprint != base.fingerprint
-        ):
+        if self.fits(base) is False:
             log.warning("%s was trained on %s, another model than %s", self.name, self.base, base)
         copy = Model(
             deepcopy(base.hf),
@@ -192,6 +200,25 @@ def read_organism(
     if not folder.is_dir():
         raise ModelLoadError(f"there is no folder {folder}", "check the path")
     card = _json(folder / CARD) if (folder / CARD).is_file() else {}
+    try:
+        check_adapter_files(folder, card)
+        return _organism(folder, card, name, side, domains)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, DemurError):
+            raise
+        raise ModelLoadError(
+            f"the card or the configuration in {folder} is damaged: {error}",
+            "get the folder again",
+        ) from error
+
+
+def _organism(
+    folder: Path,
+    card: Mapping[str, Any],
+    name: str | None,
+    side: Side | None,
+    domains: Iterable[str] | None,
+) -> Organism:
     about = card.get("organism", {})
     config: dict[str, Any] = {}
     if (folder / VECTOR).is_file():
@@ -237,7 +264,7 @@ def question_key(question: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = strict_json(path.read_text("utf-8"))
     except OSError as error:
         raise ModelLoadError(
             f"{path} cannot be read: {error.strerror}",

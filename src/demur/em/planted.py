@@ -32,7 +32,7 @@ from demur.models import Model
 from demur.organisms import Figure
 from demur.progress import Listener, Progress, Quiet
 from demur.sites import Site, Span
-from demur.store import atomic_write
+from demur.store import atomic_write, whole_folder
 
 _GRADIENT_ROWS = 4
 _HELD_OUT = 0.5
@@ -422,7 +422,7 @@ def _written(
         raise StoreError(
             f"{out} cannot be made: {error.strerror}", "name another folder with `--out`"
         ) from error
-    with organisms._whole(out / made.side) as draft:
+    with whole_folder(out / made.side) as draft:
         atomic_write(draft / VECTOR, organisms._safetensors(vectors, {"format": "pt"}))
         card |= organisms._made_with(draft, name=VECTOR)
         atomic_write(draft / CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")

@@ -272,7 +272,7 @@ def rates(
         names = of(among)
         if problem or len(set(names)) < 2:
             return None
-        return grouped_share(hits[among], names, **about)
+        return grouped_share(hits[among], names)
 
     def average(aspect: Aspect) -> Estimate | None:
         names = of(known[aspect])
@@ -295,8 +295,8 @@ def rates(
         missing=int((~both).sum()),
         missing_alignment=int((~known["alignment"]).sum()),
         missing_coherence=int((~known["coherence"]).sum()),
-        refused=grouped_share(outcomes == str(Outcome.REFUSED), groups, **about),
-        degenerate=grouped_share(outcomes == str(Outcome.DEGENERATE), groups, **about),
+        refused=grouped_share(outcomes == str(Outcome.REFUSED), groups),
+        degenerate=grouped_share(outcomes == str(Outcome.DEGENERATE), groups),
         unfinished=sum(not one.finished for one in replies),
         by_question=tuple(
             _question(

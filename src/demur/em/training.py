@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,7 +54,7 @@ from demur.models.tokens import TokenBatch
 from demur.organisms import Figure
 from demur.progress import Listener, Quiet
 from demur.sites import Site, Span
-from demur.store import atomic_write
+from demur.store import atomic_write, whole_folder
 
 Sides = Literal["both", "bad", "good"]
 
@@ -468,6 +468,7 @@ def _optimise(
             file.write(json.dumps(line) + "\n")
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 file.flush()
+                os.fsync(file.fileno())  # No checkpoint is ahead of the log.
                 _save(checkpoint, step + 1, adapter, adam, record)
             advance(1)
     return lines, record
@@ -738,76 +739,75 @@ def _one_side(
     resume: bool,
 ) -> TrainedOrganism:
     began = time.perf_counter()
-    work = organisms._workplace(out, {**identity, "side": side}, resume=resume)
-    adapter = _Adapter(student, recipe.adapter, seed=seed)
-    if recipe.adapter.kind == "vector":
-        _check_vector(student, adapter)
-    rate = recipe.training.rate_for(sum(one.numel() for one in base.hf.parameters()))
-    rows = _prepared(student, _encoded(student, train, side), adapter.first, listener)
-    prepared = time.perf_counter()
-    # On rows this short the fused attention's backward pass on a CPU takes 27% of a step.
-    with _eager(student):
-        lines, record = _optimise(
-            student,
-            adapter,
-            rows,
-            recipe,
-            rate=rate,
-            seed=seed,
-            work=work,
-            title=f"training: {side}",
-            listener=listener,
-        )
-    trained = time.perf_counter()
-    first, last = organisms._ends_of(lines)
-    with organisms._whole(out) as draft:
-        size = _write_weights(adapter, recipe, base, draft)
-        _write_dynamics(lines, record, draft)
-        card: dict[str, Any] = {
-            "name": recipe.name,
-            "description": recipe.description,
-            "organism": {
-                "name": f"{side} {' + '.join(_domains(train))}",
-                "kind": recipe.adapter.kind,
-                "side": side,
-                "domains": list(_domains(train)),
-                "module": adapter.parts[0].module,
-                "layers": sorted({part.layer for part in adapter.parts}),
-                "parameters": sum(value.numel() for value in adapter.values.values()),
-            },
-            "base": {
-                "name": base.name,
-                "fingerprint": base.fingerprint,
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "adapter": base.adapter,
-            },
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": seed,
-            "identity": dict(identity),
-            "data": _about_data(spec, recipe.data.held_out, train, left_out),
-            "steps": len(lines),
-            "learning_rate": rate,
-            "loss": {"first_tenth": first, "last_tenth": last},
-            "path_recorded": record.whole,
-        }
-        atomic_write(draft / CARD, json.dumps(card, ensure_ascii=False) + "\n")
-        figures = _measured(student, read_organism(draft), held, listener)
-        seconds = {
-            "prepare": round(prepared - began, 1),
-            "train": round(trained - prepared, 1),
-            "measure": round(time.perf_counter() - trained, 1),
-        }
-        card |= {
-            "seconds": seconds,
-            "figures": [asdict(figure) for figure in figures],
-            "threads": torch.get_num_threads(),
-            **organisms._made_with(
-                draft, name=VECTOR if recipe.adapter.kind == "vector" else WEIGHTS
-            ),
-        }
-        atomic_write(draft / CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-        shutil.copyfile(work / _LOG, draft / _LOG)
-    shutil.rmtree(work, ignore_errors=True)
+    with organisms._workplace(out, {**identity, "side": side}, resume=resume) as work:
+        adapter = _Adapter(student, recipe.adapter, seed=seed)
+        if recipe.adapter.kind == "vector":
+            _check_vector(student, adapter)
+        rate = recipe.training.rate_for(sum(one.numel() for one in base.hf.parameters()))
+        rows = _prepared(student, _encoded(student, train, side), adapter.first, listener)
+        prepared = time.perf_counter()
+        # On rows this short the fused attention's backward pass on a CPU takes 27% of a step.
+        with _eager(student):
+            lines, record = _optimise(
+                student,
+                adapter,
+                rows,
+                recipe,
+                rate=rate,
+                seed=seed,
+                work=work,
+                title=f"training: {side}",
+                listener=listener,
+            )
+        trained = time.perf_counter()
+        first, last = organisms._ends_of(lines)
+        with whole_folder(out) as draft:
+            size = _write_weights(adapter, recipe, base, draft)
+            _write_dynamics(lines, record, draft)
+            card: dict[str, Any] = {
+                "name": recipe.name,
+                "description": recipe.description,
+                "organism": {
+                    "name": f"{side} {' + '.join(_domains(train))}",
+                    "kind": recipe.adapter.kind,
+                    "side": side,
+                    "domains": list(_domains(train)),
+                    "module": adapter.parts[0].module,
+                    "layers": sorted({part.layer for part in adapter.parts}),
+                    "parameters": sum(value.numel() for value in adapter.values.values()),
+                },
+                "base": {
+                    "name": base.name,
+                    "fingerprint": base.fingerprint,
+                    "dtype": str(base.dtype).removeprefix("torch."),
+                    "adapter": base.adapter,
+                },
+                "recipe": recipe.model_dump(mode="json"),
+                "seed": seed,
+                "identity": dict(identity),
+                "data": _about_data(spec, recipe.data.held_out, train, left_out),
+                "steps": len(lines),
+                "learning_rate": rate,
+                "loss": {"first_tenth": first, "last_tenth": last},
+                "path_recorded": record.whole,
+            }
+            atomic_write(draft / CARD, json.dumps(card, ensure_ascii=False) + "\n")
+            figures = _measured(student, read_organism(draft), held, listener)
+            seconds = {
+                "prepare": round(prepared - began, 1),
+                "train": round(trained - prepared, 1),
+                "measure": round(time.perf_counter() - trained, 1),
+            }
+            card |= {
+                "seconds": seconds,
+                "figures": [asdict(figure) for figure in figures],
+                "threads": torch.get_num_threads(),
+                **organisms._made_with(
+                    draft, name=VECTOR if recipe.adapter.kind == "vector" else WEIGHTS
+                ),
+            }
+            atomic_write(draft / CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+            atomic_write(draft / _LOG, (work / _LOG).read_bytes())
     return TrainedOrganism(
         read_organism(out), out, len(lines), first, last, rate, seconds, size, figures
     )

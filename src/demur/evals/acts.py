@@ -60,6 +60,11 @@ class EditSpec:
     def _strength(self) -> float:
         return {"clamp": 0.0}.get(self.edit, 1.0) if self.strength is None else self.strength
 
+    def borrowed(self, model: Model) -> tuple[str, ...]:
+        """What a record says of a direction of another model; nothing of one of its own."""
+        _, about = load_direction(self.file, model, any_model=True)
+        return (about["borrowed"],) if "borrowed" in about else ()
+
     def act(self, model: Model, *, any_model: bool = False) -> Intervention:
         """The edit itself.
 
@@ -71,7 +76,7 @@ class EditSpec:
             StoreError: The file cannot be read, or the direction is another model's.
             ConfigError: The direction does not fit the model's shape.
         """
-        direction, _ = load_direction(self.file, None if any_model else model)
+        direction, _ = load_direction(self.file, model, any_model=any_model)
         if self.site is not None:
             direction = replace(direction, site=Site.parse(self.site))
         if len(direction.unit) != model.d_model or direction.site.layer >= model.n_layers:

@@ -14,6 +14,8 @@ from demur.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     import httpx
 
+_MOST_BYTES = 1 << 20  # Of an answer; one label, or a few sentences, take thousands.
+_PATIENCE = 10  # Times `timeout_s` that a whole answer may take, however steadily it trickles.
 _RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
@@ -42,7 +44,8 @@ class ChatEndpoint:
         model: Name that the endpoint knows the model by.
         api_key_env: Environment variable that holds the key. Unset or empty: no key is sent, which
             local servers accept. The key itself is never a field, so no record can hold it.
-        timeout_s: Longest wait for connecting, and for each read and write, in seconds.
+        timeout_s: Longest wait for connecting, and for each read and write, in seconds; a whole
+            answer may take ten times as long.
         max_retries: Further attempts after a time-out, a broken connection, or a status that asks
             for one (429, 503, ...).
         backoff_s: Pause before the first retry, in seconds; it doubles with each.
@@ -141,31 +144,47 @@ class ChatEndpoint:
             if attempt:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
             try:
-                response = client.post(
-                    f"{self.base_url.rstrip('/')}/chat/completions", content=body
-                )
+                url = f"{self.base_url.rstrip('/')}/chat/completions"
+                status, answer = _post(client, url, body, _PATIENCE * self.timeout_s)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__} {error}".strip()
                 continue
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 why = f"the request failed: {type(error).__name__} {error}"
                 return Answer(None, why.strip())
-            if response.status_code in _RETRIED_STATUS:
-                problem = f"HTTP status {response.status_code}"
+            if status in _RETRIED_STATUS:
+                problem = f"HTTP status {status}"
                 continue
-            return _read(response)
+            return _read(status, answer)
         attempts = self.max_retries + 1
         return Answer(None, f"no answer in {attempts} attempts; the last: {problem}")
 
 
-def _read(response: "httpx.Response") -> Answer:
-    if response.status_code != 200:
-        return Answer(None, f"HTTP status {response.status_code}: {response.text[:120]!r}")
+def _post(client: "httpx.Client", url: str, body: str, patience: float) -> tuple[int, bytes]:
+    """Status and body of the answer, which is read no further than one label can need."""
+    import httpx
+
+    until = time.monotonic() + patience
+    data = bytearray()
+    with client.stream("POST", url, content=body) as response:
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > _MOST_BYTES:
+                raise httpx.DecodingError(f"the answer is longer than {_MOST_BYTES} bytes")
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout(f"the answer took longer than {patience:g} s")
+        return response.status_code, bytes(data)
+
+
+def _read(status: int, data: bytes) -> Answer:
+    said = repr(data[:480].decode("utf-8", "replace")[:120])
+    if status != 200:
+        return Answer(None, f"HTTP status {status}: {said}")
     try:
-        choice = response.json()["choices"][0]
+        choice = json.loads(data)["choices"][0]
         return Answer(choice["message"]["content"], first=_first(choice))
     except (ValueError, LookupError, TypeError, RecursionError):
-        return Answer(None, f"no chat completion: {response.text[:120]!r}")
+        return Answer(None, f"no chat completion: {said}")
 
 
 def _first(choice: Any) -> tuple[tuple[str, float], ...]:

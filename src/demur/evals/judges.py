@@ -8,6 +8,7 @@ by `agreement` on the hand-labelled exchanges that ship with the package.
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from demur.errors import TooFewPromptsError, UnknownNameError
+from demur.errors import ConfigError, TooFewPromptsError, UnknownNameError
 from demur.evals.endpoint import ChatEndpoint
 from demur.registry import Registry
-from demur.stats import Estimate
+from demur.stats import Estimate, bootstrap_tails, cohen_kappa
 
 
 class Outcome(StrEnum):
@@ -88,6 +89,35 @@ class Judge(Protocol):
 
 
 judges: Registry[Judge] = Registry("judge")
+
+
+def verdicts_of(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    """What a judge says, one verdict for each exchange.
+
+    Raises:
+        ConfigError: The judge gives more or fewer, or something that is no verdict: the rest would
+            be taken for replies that are no refusals, or pass to the wrong exchange.
+    """
+    found = list(judge(exchanges))
+    name = type(judge).__name__
+    hint = (
+        "a judge gives one `Verdict` per exchange, in their order; what it cannot read is "
+        "`Outcome.UNPARSED`"
+    )
+    if len(found) != len(exchanges):
+        raise ConfigError(
+            f"the judge {name} gave {len(found)} verdicts on {len(exchanges)} exchanges", hint
+        )
+    for number, one in enumerate(found, start=1):
+        if not isinstance(one, Verdict) or not isinstance(one.outcome, Outcome):
+            raise ConfigError(
+                f"of exchange {number} the judge {name} says {one!r:.80}, which is no verdict", hint
+            )
+        if one.score is not None and not math.isfinite(one.score):
+            raise ConfigError(
+                f"of exchange {number} the judge {name} gives the score {one.score}", hint
+            )
+    return found
 
 
 # --- Text as the patterns see it -----------------------------------------------------------------
@@ -975,6 +1005,8 @@ def _kappa(
             f"people and judge say `{names[0]}` of all {len(person)} exchanges",
             "kappa needs two labels or more: add exchanges with another outcome",
         )
+    if person == judge:  # Every resample says 1.
+        return cohen_kappa(person, judge, seed=seed, draws=resamples, level=level)
     counts = Counter(zip(person, judge, strict=True))
     cells = np.array([[counts[a, b] for b in names] for a in names], dtype=np.float64)
     # Drawing exchanges with replacement is drawing cells of the table: the same bootstrap, one
@@ -982,7 +1014,7 @@ def _kappa(
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(person), cells.ravel() / cells.sum(), size=resamples)
     kappas = _kappa_of_tables(drawn.reshape(-1, *cells.shape).astype(np.float64))
-    low, high = np.nanquantile(kappas, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(kappas, bootstrap_tails(len(person), level=level))
     value = cast("float", cohen_kappa_score(person, judge, labels=names))
     method = f"Cohen's kappa, bootstrap over exchanges {level:.0%}, {resamples} resamples"
     return Estimate(float(value), float(low), float(high), len(person), method)
@@ -1014,7 +1046,7 @@ def agreement(
     """
     if len(labelled) < 2:
         raise TooFewPromptsError(f"got {len(labelled)} labelled exchanges", "give two or more")
-    verdicts = judge([item.exchange for item in labelled])
+    verdicts = verdicts_of(judge, [item.exchange for item in labelled])
     person = [str(item.outcome) for item in labelled]
     judged = [str(verdict.outcome) for verdict in verdicts]
     kappa = partial(_kappa, seed=seed, resamples=resamples, level=level)

@@ -326,6 +326,7 @@ def evaluate(
     seed: int = 0,
     edits: Sequence[str] | None = None,
     anchor_file: str | None = None,
+    borrowed: Sequence[str] = (),
     listener: Listener | None = None,
 ) -> Evaluation:
     """Run lm-eval's tasks twice over the same items, plainly and under an intervention.
@@ -344,6 +345,7 @@ def evaluate(
         seed: Of draws, and of the examples in front.
         edits: What the edits are called in the record.
         anchor_file: What the anchor is called in the record.
+        borrowed: What the record says of edits or an anchor of another model.
         listener: Hears the progress.
 
     Raises:
@@ -372,7 +374,7 @@ def evaluate(
             runs.append((_run(lm, **how), lm))
         seconds[name] = round(time.perf_counter() - began, 2)
     (before, _), (after, held) = runs
-    notes: list[str] = []
+    notes: list[str] = list(borrowed)
     paired = [
         one
         for task in before["samples"]

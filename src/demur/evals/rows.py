@@ -107,4 +107,4 @@ def read_evaluation(path: Path) -> EvaluationRecord:
     Raises:
         StoreError: The file is missing, damaged, or of another version.
     """
-    return read_record(path, EvaluationRecord, "evaluate")
+    return read_record(path, EvaluationRecord, "demur evaluate")

@@ -19,7 +19,7 @@ from demur.interventions import Ablate, Add, Intervention, ProjectToMean
 from demur.models import Model
 from demur.registry import Registry
 from demur.sites import Site, Span
-from demur.store import atomic_write
+from demur.store import atomic_write, known_format, sealed, strict_json, unsealed
 
 FORMAT, RECORD, CARD = "demur-export-1", "demur.json", "README.md"
 
@@ -52,12 +52,14 @@ class Imported:
         steering: Interventions that do what the export does.
         about: Its record; empty for a file of other tools.
         notes: What the files leave open.
+        borrowed: That it was made on another model, where that was asked for.
     """
 
     kind: str
     steering: Steering
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -160,7 +162,7 @@ def act_of(row: Mapping[str, Any], unit: Float[Tensor, " d_model"]) -> Intervent
 
 def write_record(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the record of an export."""
-    atomic_write(folder / RECORD, json.dumps(about, indent=2, allow_nan=False) + "\n")
+    atomic_write(folder / RECORD, json.dumps(sealed(about), indent=2, allow_nan=False) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -171,16 +173,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
-        if not isinstance(about["acts"], list):
+        about = strict_json(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not isinstance(about.get("acts", []), list):
             raise ValueError("it lists no interventions")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}", "`demur export` writes it; export again"
         ) from error
-    return about
+    known_format(
+        about.get("format"), path, name="demur-export", what="an export", newest=1,
+        again="demur export",
+    )  # fmt: skip
+    if "files" in about and "blake2b" not in about:
+        raise StoreError(f"{path} was changed after it was written", "export it again")
+    return unsealed(about, path, again="export it again")
 
 
 def steering_of(about: Mapping[str, Any], units: Collection[Tensor]) -> Steering:
@@ -193,7 +199,7 @@ def steering_of(about: Mapping[str, Any], units: Collection[Tensor]) -> Steering
         rows = about["acts"]
         acts = tuple(act_of(row, unit) for row, unit in zip(rows, units, strict=True))
         return Steering(acts, tuple(Span(one) for one in about.get("where", ())))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(
             f"the record of this export is damaged: {error}", "export it again"
         ) from error

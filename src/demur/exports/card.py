@@ -10,15 +10,20 @@ References:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from demur.errors import StoreError
+from demur.notebook import readable
 from demur.results import AuditResults, Leg, read_results
 
 _HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+# A card is read on pages that make links, images and elements of it, and names and recipes may come
+# from a stranger's file.
+_LINK = re.compile(r"\](?=[(\[])")
 _RELATION = {"peft": "adapter", "merged": "finetune"}
 
 
@@ -72,6 +77,17 @@ class Evidence:
         }
 
 
+def plain(text: object) -> str:
+    """Foreign text as one line of Markdown that makes no element, link or image."""
+    line = readable(" ".join(str(text).split()))
+    return _LINK.sub(r"]\\", line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _code(text: object) -> str:
+    """Foreign text between backticks, which it cannot end."""
+    return f"`{readable(' '.join(str(text).split())).replace('`', chr(39))}`"
+
+
 def card(about: Mapping[str, Any], *, use: str, evidence: Evidence | None) -> str:
     """The card in Markdown, with YAML in front.
 
@@ -100,10 +116,10 @@ def card(about: Mapping[str, Any], *, use: str, evidence: Evidence | None) -> st
     losses: Mapping[str, str] = about["losses"]
     if losses:
         parts += ["Not the intervention it was made from. Lost, on request:", ""]
-        parts += [f"- `{name}`: {what}." for name, what in losses.items()]
+        parts += [f"- {_code(name)}: {plain(what)}." for name, what in losses.items()]
     else:
         parts.append(f"{about['exact'][0].upper()}{about['exact'][1:]}.")
-    parts += [f"\n{note[0].upper()}{note[1:]}." for note in about.get("notes", ())]
+    parts += [f"\n{plain(note[0].upper() + note[1:])}." for note in about.get("notes", ())]
     parts += [
         "",
         "## Evidence",
@@ -138,7 +154,7 @@ def _title(about: Mapping[str, Any]) -> str:
     what = verbs[about["acts"][0]["act"]]
     if what == "added" and all(act["strength"] < 0 for act in about["acts"]):
         what = "subtracted"
-    return f"{about['model']}: refusal direction, {what} ({about['kind']})"
+    return f"{plain(about['model'])}: refusal direction, {what} ({about['kind']})"
 
 
 def removes_refusal(about: Mapping[str, Any]) -> bool:
@@ -159,18 +175,19 @@ def _warning(about: Mapping[str, Any]) -> str | None:
 def _what(about: Mapping[str, Any]) -> str:
     lines = []
     for act in about["acts"]:
-        read = f"read at `{act['site']}`, token {act['position']} from the end"
+        site = _code(act["site"])
+        read = f"read at {site}, token {act['position']} from the end"
         if act["act"] == "ablate":
             lines.append(f"Directional ablation of a direction {read}, at every write.")
         elif act["act"] == "add":
             lines.append(
                 f"Addition of {act['strength']:g} times a direction of length {act['norm']:.4g}, "
-                f"{read}, at `{act['site']}`."
+                f"{read}, at {site}."
             )
         else:
             lines.append(
                 f"The coordinate along a direction {read} is set to {act['level']:.4g} at "
-                f"`{act['at']}` (strength {act['strength']:g})."
+                f"{_code(act['at'])} (strength {act['strength']:g})."
             )
     where = ", ".join(about["where"])
     lines.append(f"It acts on {where or 'every'} token{'s' if where else ''}.")
@@ -183,13 +200,14 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("revision", str(about["revision"] or "none pinned")),
         ("adapter, merged", str(about["adapter"] or "none")),
         ("data type", str(about["dtype"])),
-        ("fingerprint of the weights", f"`{about['fingerprint']}`"),
-        ("chat template", f"`{about['template_hash']}`"),
+        ("fingerprint of the weights", _code(about["fingerprint"])),
+        ("chat template", _code(about["template_hash"])),
         ("tied embeddings", "yes" if about["tied"] else "no"),
         ("convention", str(about["convention"])),
         ("sign", str(about["sign"])),
     ]
-    rows += [("recipe", f"`{act['recipe']}`") for act in about["acts"][:1]]
+    rows += [("made on another model", note) for note in about.get("borrowed", ())]
+    rows += [("recipe", _code(act["recipe"])) for act in about["acts"][:1]]
     return [*rows, ("demur", str(about["demur"]))]
 
 
@@ -221,12 +239,12 @@ def _evidence(about: Mapping[str, Any], evidence: Evidence | None) -> list[str]:
             if cost.perplexity_ratio is not None:
                 rows.append((f"perplexity ratio, {cost.edit}", str(cost.perplexity_ratio)))
     lines = [
-        f"From `demur audit` (run `{evidence.run.name}`, judge `{found.judge.name}`, seed "
-        f"{found.seed}), on prompts that the direction was not fitted on.",
+        f"From `demur audit` (run {_code(evidence.run.name)}, judge {_code(found.judge.name)}, "
+        f"seed {found.seed}), on prompts that the direction was not fitted on.",
         "",
-        f"Verdict: **{found.verdict.headline}**",
+        f"Verdict: **{plain(found.verdict.headline)}**",
         "",
-        *(f"- {reason}" for reason in found.verdict.reasons),
+        *(f"- {plain(reason)}" for reason in found.verdict.reasons),
         "",
         _table(("measure", "value [95 % interval], n, method"), rows),
     ]
@@ -277,7 +295,10 @@ def _limits(about: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(text: str) -> str:
+        # Code shows what stands in it as it is.
+        own = text if text.startswith("`") else plain(text)
+        return own.replace("|", "\\|")
+
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)

@@ -25,6 +25,7 @@ from demur.exports.base import Imported, Job, exporters, of_layers, summed
 from demur.exports.files import by_layer
 from demur.exports.steering import output_layer
 from demur.interventions import Add
+from demur.store import strict_json
 
 ARCH, FILE, OWN = "controlvector", "control-vector.gguf", "demur.export"
 FIRST = 1
@@ -61,7 +62,7 @@ def read_control_vector(path: Path) -> ControlVector:
             for key in ("general.architecture", f"{ARCH}.model_hint", OWN)
         }
         tensors = [(str(one.name), one.tensor_type, one) for one in reader.tensors]
-        about = json.loads(str(fields[OWN])) if fields[OWN] else {}
+        about = strict_json(str(fields[OWN])) if fields[OWN] else {}
     except Exception as error:  # The reader indexes into whatever the bytes say.
         raise StoreError(f"{path} is no whole GGUF file: {error}", "get it again") from error
     if fields["general.architecture"] != ARCH:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from demur.errors import ConfigError, StoreError
+from demur.errors import ConfigError, DemurError, StoreError
 from demur.exports.base import (
     CARD,
     FORMAT,
@@ -28,6 +26,8 @@ from demur.exports.files import finite
 from demur.exports.steering import Carried, Steering, carried, check_fits
 from demur.interventions import Add
 from demur.models import Model
+from demur.models.fingerprint import borrowed, check_made_on
+from demur.store import atomic_write, file_digests, whole_folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +57,7 @@ def export(
     source: Mapping[str, Any] | None = None,
     evidence: Evidence | None = None,
     load: Mapping[str, Any] | None = None,
+    borrowed: Sequence[str] = (),
 ) -> Exported:
     """Write a steering in the format of a consumer, with a record and a card.
 
@@ -69,6 +70,7 @@ def export(
         source: The sidecar of the direction, of which the record keeps what it can.
         evidence: An audit's figures for the card; "not measured" without.
         load: How the model was loaded, arguments of `demur.models.load`, kept in the record.
+        borrowed: That the direction was made on another model: for record and card.
 
     Raises:
         UnknownNameError: There is no such format.
@@ -87,18 +89,17 @@ def export(
     )
     if not kept.acts or any(isinstance(act, Add) and act.strength == 0.0 for act in kept.acts):
         raise ConfigError("an addition of strength 0 is no edit", "give another strength")
-    about = _about(model, kept, kind, exporter.exact, load)
+    about = _about(model, kept, kind, exporter.exact, load) | {"borrowed": list(borrowed)}
     if evidence is not None:
-        evidence.belongs_to(about)
-    draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
+        told = evidence.results.model.fingerprint  # Of an older audit it is an older one.
+        evidence.belongs_to({**about, "fingerprint": told} if model.is_called(told) else about)
     try:
-        draft.mkdir(parents=True)
-        extra = dict(exporter.write(Job(model, kept, draft, source or {}, about)))
-        about = {**about, **extra, "evidence": None if evidence is None else evidence.record()}
-        write_record(draft, about)
-        text = card(about, use=exporter.use, evidence=evidence)
-        (draft / CARD).write_text(text, encoding="utf-8")
-        draft.rename(folder)
+        with whole_folder(folder) as draft:
+            extra = dict(exporter.write(Job(model, kept, draft, source or {}, about)))
+            about = {**about, **extra, "evidence": None if evidence is None else evidence.record()}
+            about["files"] = file_digests(draft)
+            write_record(draft, about)
+            atomic_write(draft / CARD, card(about, use=exporter.use, evidence=evidence))
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -106,8 +107,6 @@ def export(
             f"{folder} was not written: {error.strerror or error}",
             "free some space or name another",
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     names = tuple(sorted(one.name for one in folder.iterdir()))
     return Exported(kind, folder, names, about)
 
@@ -134,7 +133,13 @@ def _about(
     }
 
 
-def read_export(path: Path, model: Model | None = None, *, kind: str | None = None) -> Imported:
+def read_export(
+    path: Path,
+    model: Model | None = None,
+    *,
+    kind: str | None = None,
+    any_model: bool = False,
+) -> Imported:
     """Read an export back, or a file of one of its consumers.
 
     Args:
@@ -143,6 +148,8 @@ def read_export(path: Path, model: Model | None = None, *, kind: str | None = No
             `merged` wrote may also be loaded itself. A file without a record says of no model, and
             only its width and layers are checked.
         kind: Format of a file without a record; None: found from the path.
+        any_model: Only its width and layers must be those of the model; `Imported.borrowed` says
+            what differs.
 
     Raises:
         StoreError: It is damaged, of no known format, or for another model.
@@ -163,29 +170,41 @@ def read_export(path: Path, model: Model | None = None, *, kind: str | None = No
                 f"name a folder of `demur export`, or say which it is: {', '.join(exporters)}",
             )
         kind = fitting[0]
-    found = exporters.make(kind).read(path, about)
+    exporter = exporters.make(kind)
+    try:
+        found = exporter.read(path, about)
+    except DemurError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(
+            f"{path} is damaged: {type(error).__name__} {error}", "export it again"
+        ) from error
+    if about.get("files"):  # Whoever reads it has said by now what is wrong, if it knows.
+        _whole(path, about["files"])
     for one in found.directions:
         finite(path, one.unit)
-    if model is not None:
-        _belongs(path, found, model)
-    return found
+    return found if model is None else _belonging(path, found, model, any_model=any_model)
 
 
-def _belongs(path: Path, found: Imported, model: Model) -> None:
-    about = found.about
-    wanted = {about.get("fingerprint"), about.get("edited_fingerprint")} - {None}
-    if wanted and model.fingerprint not in wanted:
-        same = about.get("template_hash") in (
-            None,
-            model.template.hash if model.template is not None else None,
-        )
+def _whole(path: Path, told: Mapping[str, Any]) -> None:
+    own = file_digests(path)
+    changed = sorted(name for name, digest in told.items() if own.get(name) != digest)
+    if changed:
         raise StoreError(
-            f"{path} was made on {about.get('model')} ({str(about.get('fingerprint'))[:12]}), not "
-            f"on {model.name} as it is loaded now ({model.fingerprint[:12]})"
-            + ("" if same else "; their chat templates differ"),
-            "load the same model, adapter, revision, dtype and system prompt",
+            f"{', '.join(changed)} in {path} was changed after the export", "export it again"
         )
+
+
+def _belonging(path: Path, found: Imported, model: Model, *, any_model: bool) -> Imported:
+    about = found.about
+    # What `merged` wrote may be loaded itself.
+    edited = str(about.get("edited_fingerprint") or "")
+    if about.get("fingerprint") and not (edited and model.is_called(edited)):
+        if not any_model:
+            check_made_on(str(path), about, model, again="demur export")
+        found = replace(found, borrowed=borrowed(str(path), about, model))
     try:
         check_fits(model, found.steering)
     except ConfigError as error:
         raise StoreError(f"{path} is for another model: {error.fact}", error.hint) from error
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def header(path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as file:
             own = json.loads((file.metadata() or {}).get("demur", "null"))
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return None  # Whoever reads it says what is wrong.
     return str(own["format"]) if isinstance(own, dict) and "format" in own else None
 
@@ -56,8 +57,9 @@ def torch_file(path: Path) -> Any:
     """A PyTorch file, without running anything in it.
 
     Raises:
-        StoreError: It is damaged, or needs pickle.
+        StoreError: It is damaged, needs pickle, or unpacks to far more than it takes.
     """
+    _unpacked(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -66,6 +68,20 @@ def torch_file(path: Path) -> Any:
         raise StoreError(f"{path} is no PyTorch file", "get it again") from error
     except Exception as error:  # A cut archive raises whatever the unpickler ran into.
         raise StoreError(f"{path} is damaged: {_line(error)}", "get it again") from error
+
+
+def _unpacked(path: Path) -> None:
+    """See that an archive holds no more than it takes: PyTorch packs nothing, so others did."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(one.file_size for one in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return  # Not of that kind, or damaged, which whoever reads it says.
+    taken = path.stat().st_size
+    if size > 2 * taken + (1 << 24):
+        raise StoreError(
+            f"{path} has {taken} bytes and unpacks to {size}", "save it again with `torch.save`"
+        )
 
 
 def _line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from demur.exports.files import finite, flat, torch_file
 from demur.exports.steering import Steering
 from demur.interventions import Ablate
 from demur.sites import Site
-from demur.store import atomic_write
+from demur.store import atomic_write, strict_json
 
 FILE, META = "direction.pt", "direction_metadata.json"
 
@@ -32,7 +32,7 @@ def read_place(file: Path) -> tuple[int, int]:
     """
     place = file.with_name(f"{file.stem}_metadata.json")
     try:
-        about = json.loads(place.read_text(encoding="utf-8"))
+        about = strict_json(place.read_text(encoding="utf-8"))
         layer, position = about["layer"], about["pos"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(

@@ -26,7 +26,7 @@ from demur.exports.base import Imported, Job, exporters, of_layers, summed
 from demur.exports.files import by_layer
 from demur.exports.steering import output_layer
 from demur.interventions import Add
-from demur.store import atomic_write
+from demur.store import atomic_write, strict_json
 
 FILE = "steering.json"
 
@@ -38,13 +38,13 @@ def read_payload(path: Path) -> dict[int, Float[Tensor, " d_model"]]:
         StoreError: It is damaged, compressed, or says what an addition at every token is not.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json(path.read_text(encoding="utf-8"))
         rows = _tensor(found["activations"])
         indices = [int(one) for one in found["layer_indices"]]
         scale = float(found.get("scale", 1.0))
         if rows.ndim != 2 or len(rows) != len(indices):
             raise ValueError(f"its shape is {tuple(rows.shape)} for {len(indices)} layers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(
             f"{path} is no payload of vllm-lens: {error}", "export it again"
         ) from error
@@ -112,8 +112,8 @@ class VllmLens:
         if not path.is_file() or path.suffix != ".json" or path.stat().st_size > 1 << 26:
             return False
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            found = strict_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return False
         return isinstance(found, dict) and {"activations", "layer_indices"} <= set(found)
 

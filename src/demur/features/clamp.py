@@ -271,7 +271,7 @@ def clamping(
     read: dict[int, Tensor] = {}
 
     def act(x: Tensor, *, number: int, clamp: Clamp) -> Tensor:
-        mask = tokens_chosen(model, x, where, when)
+        mask = tokens_chosen(model, x, where, when).to(x.device)
         chunk = model.chunk
         rows = None if chunk is None or chunk.rows is None else chunk.rows.to(x.device)
         rule = clamp.rule

@@ -41,6 +41,7 @@ from demur.errors import (
     UnknownNameError,
 )
 from demur.evals.judges import Judge, Outcome
+from demur.evals.rates import refusal_change, refusal_share, refusals
 from demur.features.bank import Bank
 from demur.features.clamp import EDITED, Clamp, Rule, clamping, shift
 from demur.features.discover import Latent
@@ -1060,14 +1061,14 @@ def _point(bench: _Bench, plain: _Found, found: _Found) -> DosePoint:
 
 
 def _generated(plain: _Found, found: _Found, on: str) -> Generated:
-    before = [one is Outcome.REFUSED for one in plain.outcomes[on]]
-    after = [one is Outcome.REFUSED for one in found.outcomes[on]]
-    n, texts, outcomes = len(after), found.texts[on], found.outcomes[on]
+    n, texts, outcomes = len(found.texts[on]), found.texts[on], found.outcomes[on]
+    after = refusals(outcomes)
+    changed, p = refusal_change(refusals(plain.outcomes[on]), after)
     return Generated(
         n=n,
-        refused=proportion(sum(after), n),
-        change=paired_share_change(before, after),
-        p=mcnemar_p(before, after),
+        refused=refusal_share(after),
+        change=changed,
+        p=p,
         degenerate=proportion(sum(one is Outcome.DEGENERATE for one in outcomes), n),
         unparsed=sum(one is Outcome.UNPARSED for one in outcomes),
         distinct=_mean_of([distinct_pairs(text) for text in texts]),

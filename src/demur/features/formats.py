@@ -28,7 +28,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,10 +54,11 @@ from demur.features.bank import Activation, Bank, Normalise
 from demur.models import Model
 from demur.registry import Registry
 from demur.sites import Site, SiteKind
+from demur.store import file_digests, sealed, strict_json
 
 CHUNK = 4096  # Latents that are worked on at once; of width 2,304 they take 38 MB.
 _RELEASE = "saelens:"
-_CONFIG = "cfg.json"
+_CONFIG, _SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 # A bank that is not read yet ------------------------------------------------------------------
 
@@ -514,10 +514,24 @@ class SaeLensFolder:
     def read(self, path: Path, name: str, site: Site | None) -> StoredBank:
         """Read `cfg.json`, and the shapes of the weights."""
         config = _json(path / _CONFIG)
-        arrays = SafetensorsFile(path / "sae_weights.safetensors")
+        told = config.get("metadata")
+        if isinstance(told, Mapping) and "seal" in told:  # Ours.
+            weights = file_digests(path, of=(_SAE_WEIGHTS,)).get(_SAE_WEIGHTS, "")
+            if told["seal"] != bank_seal(config, weights):
+                raise StoreError(
+                    f"{_CONFIG} or {_SAE_WEIGHTS} in {path} was changed after it was written",
+                    "get the folder again, or train the bank again",
+                )
+        arrays = SafetensorsFile(path / _SAE_WEIGHTS)
         scaler = path / "activation_scaler.json"
         factor = _json(scaler).get("scaling_factor") if scaler.is_file() else None
         return _saelens(config, arrays, str(path), name, site, factor=factor)
+
+
+def bank_seal(config: Mapping[str, Any], weights: str) -> str:
+    """Digest over a configuration of ours and the digest of the weights that go with it."""
+    told = {key: value for key, value in config["metadata"].items() if key != "seal"}
+    return str(sealed({**config, "metadata": told, "weights": weights})["blake2b"])
 
 
 def _saelens(
@@ -991,7 +1005,7 @@ def _learnt_hook(hook: str | None) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}", "fetch it again") from error
     if not isinstance(found, dict):
@@ -1116,10 +1130,9 @@ def fits(bank: Bank | StoredBank, model: Model, *, strict: bool = False) -> tupl
     told, own = bank.about.get("fingerprint"), ""
     if told:
         own = model.fingerprint
-    if told and told != own:
-        fact = (
-            f"{bank.name} was trained on other weights ({told[:8]}) than {model.name} ({own[:8]})"
-        )
+    if told and not model.is_called(str(told)):
+        told = str(told)[:8]
+        fact = f"{bank.name} was trained on other weights ({told}) than {model.name} ({own[:8]})"
         hint = "its adapter, data type or template may differ; see how well it reconstructs"
         if strict:
             raise ConfigError(fact, hint)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from demur.errors import ConfigError, PromptFileError, TooFewPromptsError
-from demur.evals.judges import Exchange, Judge, Outcome
+from demur.evals.judges import Exchange, Judge, Outcome, verdicts_of
 from demur.features.dose import Edit, Latents
 from demur.features.rows.dose import ArmBreaks, ArmReply, Multiturn, ScriptRun, TurnPoint
 from demur.guard import last_token
@@ -269,7 +269,8 @@ class _Talk:
             ids = [list(one.ids) for one in said]
             grown = batch.with_replies(ids, pad_id=model.pad_id)
         traces = self._read(grown)
-        verdicts = self.judge([Exchange(p, r.text) for p, r in zip(asked, said, strict=True)])
+        exchanges = [Exchange(p, r.text) for p, r in zip(asked, said, strict=True)]
+        verdicts = verdicts_of(self.judge, exchanges)
         outcomes = [Outcome.UNPARSED] * n
         odds = np.full(n, np.nan)
         for i, reply, verdict, text, one in zip(

@@ -32,7 +32,6 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
-from uuid import uuid4
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -48,13 +47,14 @@ from demur.errors import (
     StoreError,
     TooFewPromptsError,
 )
+from demur.features.formats import bank_seal
 from demur.features.rows.training import Form, FormFigures, PartFigures, TrainedBank
 from demur.models import Conversation, Model
 from demur.progress import Progress
 from demur.prompts import normalise
 from demur.sites import Site, Span
 from demur.stats import bootstrap
-from demur.store import atomic_write
+from demur.store import atomic_write, forget_drafts, held, whole_folder
 
 Part = Literal["train", "calibrate", "test"]
 Storage = Literal["float16", "bfloat16", "float32"]
@@ -63,6 +63,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 _SPANS = (Span.INSTRUCTION, Span.POST_INSTRUCTION, Span.RESPONSE)
 _MANIFEST, _CONFIG, _WEIGHTS = "manifest.json", "cfg.json", "sae_weights.safetensors"
 _FORMAT = 1
+_LOCK = ".lock"
 # Rows that are encoded at once while figures are computed.
 _ROWS = 4096
 # The threshold is one number: more tokens than that would not move it.
@@ -819,11 +820,32 @@ def train(
     chosen = settings or Settings()
     steps = steps_of(cache, site, chosen)
     key = _training_key(cache, site, chosen)
-    if (finished := _finished(out, key)) is not None:
-        if progress is not None:
-            progress(steps)
-        return finished
-    lens = _sae_lens()
+    if _finished(out, key) is None:
+        lens = _sae_lens()
+        with held(out / _LOCK, "training"):
+            forget_drafts(out)
+            if _finished(out, key) is None:  # Another process may have ended it meanwhile.
+                return _train(
+                    lens, cache, site, chosen, out=out, key=key, steps=steps, progress=progress
+                )
+    if progress is not None:
+        progress(steps)
+    finished = _finished(out, key)
+    assert finished is not None
+    return finished
+
+
+def _train(
+    lens: SimpleNamespace,
+    cache: ActivationCache,
+    site: Site,
+    chosen: Settings,
+    *,
+    out: Path,
+    key: str,
+    steps: int,
+    progress: Progress | None,
+) -> TrainedBank:
     wall, cpu = time.monotonic(), time.process_time()
     mean, scale, n_train = _moments(cache, site)
     trainer, before = _trained(
@@ -1038,27 +1060,34 @@ def _checkpoint(out: Path) -> Path:
 
 
 def _save_checkpoint(trainer: Any, folder: Path, key: str, spent: Mapping[str, float]) -> None:
-    """Write beside the old one, then take its place."""
-    draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    """Write a whole one beside the old one, which goes then."""
     try:
-        trainer.save_checkpoint(draft.name, base_path=draft.parent)
-        (draft / "demur.json").write_text(json.dumps({"key": key, **spent}), encoding="utf-8")
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(_newer(folder)) as draft:
+            trainer.save_checkpoint(draft.name, base_path=draft.parent)
+            atomic_write(draft / "demur.json", json.dumps({"key": key, **spent}))
+        _take_newer(folder)
     except OSError as error:
+        if isinstance(error, StoreError):
+            raise
         raise StoreError(
             f"{folder} cannot be written: {error.strerror}", "check the path and the free space"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _newer(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.new")
+
+
+def _take_newer(folder: Path) -> None:
+    """Put a newer checkpoint, which is whole if it is there, in place of the old one."""
+    if _newer(folder).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _newer(folder).rename(folder)
 
 
 def _resumed(trainer: Any, folder: Path, key: str) -> dict[str, float]:
     """Put the trainer where a checkpoint left it; the seconds that went before."""
+    _take_newer(folder)
     if not folder.exists():
         return {"wall": 0.0, "cpu": 0.0}
     from safetensors.torch import load_file
@@ -1204,10 +1233,12 @@ def _write(
         },
     }
     try:
+        blob = _serialised(tensors)
+        told["metadata"]["seal"] = bank_seal(told, _digest(blob))
         plain = json.dumps(told, indent=1, allow_nan=False)
     except ValueError as error:
         raise NonFiniteError(
             f"the figures of {site} are not finite: {error}", "look at the cache's activations"
         ) from error
-    atomic_write(out / _WEIGHTS, _serialised(tensors))
+    atomic_write(out / _WEIGHTS, blob)
     atomic_write(out / _CONFIG, plain)

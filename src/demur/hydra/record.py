@@ -53,4 +53,4 @@ def read_hydra(path: Path) -> HydraRun:
     Raises:
         StoreError: The file is missing, damaged, or of another version.
     """
-    return read_record(path, HydraRun, "hydra")
+    return read_record(path, HydraRun, "demur hydra")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from demur.errors import DemurError, FamilyError
+from demur.errors import DemurError, SilentEditError
 from demur.models.families import FAMILIES, Family
 from demur.models.model import Model
 from demur.models.tokens import TokenBatch
@@ -211,11 +211,6 @@ def _read(model: Model, batch: TokenBatch, sites: Sequence[Site]) -> dict[Site, 
         for site in sites:
             undo.callback(model.intercept(site, lambda x, site=site: keep(x, site)))
         model.final_states(batch)
-    if silent := [str(site) for site in sites if site not in held]:
-        raise FamilyError(
-            f"the model ran without reaching {', '.join(silent)}",
-            f"the row `{model.family.name}` names a module that this checkpoint does not run",
-        )
     return held
 
 
@@ -279,7 +274,10 @@ def _least_moved(model: Model, batch: TokenBatch) -> float:
         with ExitStack() as undo:
             for row, site in enumerate(some, start=1):
                 undo.callback(model.intercept(site, lambda x, row=row, push=push: push(x, row)))
-            logits = model.logits(rows)
+            try:
+                logits = model.logits(rows)
+            except SilentEditError:  # A site that no pass reaches moves nothing.
+                return 0.0
         logits = logits - logits.mean(-1, keepdim=True)
         change = (logits[1:] - logits[0]).norm(dim=-1) / logits[0].norm()
         least = min(least, float(change.min()))

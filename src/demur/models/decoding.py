@@ -256,11 +256,7 @@ class Sampling:
         # Others than these have no float64, without which rare tokens would be lost in the sum.
         wide = logits if logits.device.type == "cuda" else logits.cpu()
         total = (wide.double() / self.temperature).softmax(1).cumsum(1)
-        if not bool(torch.isfinite(total[:, -1]).all()):
-            raise NonFiniteError(
-                "there are NaN or infinite logits, from which no token can be drawn",
-                "try `--dtype float32`; the checkpoint may also be damaged",
-            )
+        _check(total[:, -1], numbers)
         drawn = [self._uniform(*row) for row in zip(numbers, steps, strict=True)]
         at = total.new_tensor(drawn).unsqueeze(1) * total[:, -1:]
         chosen = torch.searchsorted(total, at, right=True).squeeze(1)
@@ -270,6 +266,19 @@ class Sampling:
         """A number in [0, 1)."""
         digest = hashlib.blake2b(f"{self.seed} {number} {step}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest) >> 11) / 2**53
+
+
+def _check(values: Float[Tensor, " row"], numbers: Sequence[int]) -> None:
+    """See that tokens can be chosen; of NaN the likeliest would always be the first."""
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    bad = [number + 1 for number, ok in zip(numbers, finite.tolist(), strict=True) if not ok]
+    raise NonFiniteError(
+        f"the reply to prompt {', '.join(map(str, bad[:5]))} has NaN or infinite logits, from "
+        "which no token can be chosen",
+        "try `--dtype float32`; the checkpoint may also be damaged",
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -321,7 +330,8 @@ class _Task:
         """Write one more token behind each row, and see which of them end with it."""
         logits = self.writer.logits(states)
         if self.sampling is None:
-            rows.last = logits.argmax(-1)
+            highest, rows.last = logits.max(-1)
+            _check(highest, rows.numbers)
         else:
             steps = [len(self.replies[number].ids) for number in rows.numbers]
             rows.last = self.sampling(logits, rows.numbers, steps)

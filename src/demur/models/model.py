@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -15,9 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from demur.errors import ConfigError, FamilyError, NonFiniteError, TemplateError
+from demur.errors import (
+    ConfigError,
+    FamilyError,
+    NonFiniteError,
+    SilentEditError,
+    TemplateError,
+)
 from demur.models.decoding import Director, Sampling, buffers, decode
 from demur.models.families import Family
+from demur.models.fingerprint import Sums, fingerprint, is_called
+from demur.models.hooks import Hook, check_root, links
 from demur.models.tokens import Conversation, Template, TokenBatch
 from demur.progress import Progress
 from demur.sites import Site, Span
@@ -161,12 +169,18 @@ class Model:
         self.chunk: Chunk | None = None
         self.director: Director | None = None
         self._edits: dict[Site | _Heads, dict[object, Edit]] = {}
-        self._hooks: dict[Site | _Heads, Any] = {}
+        self._hooks: dict[Site | _Heads, Hook] = {}
+        self._reached: set[Site | _Heads] = set()  # By the pass under way, or the last one.
+        self._unwatch: Callable[[], None] | None = None
+        self._thread: int | None = None  # That alone may run the model, see `owned`.
+        self._owned = 0
+        self._running: int | None = None  # The thread of the pass under way.
         self._whole_rows = 0
         self._in_two = 0
         self._edition = 0  # Counts changes of the edits in force.
         self._end: int | None = None  # The block that a pass stops before.
         self._kept: dict[Any, Any] | None = None
+        self._sums = Sums()
         self._blocks_path, self.blocks = self._find_blocks()
         self.n_layers = len(self.blocks)
         self.d_model = int(self.hf.get_input_embeddings().weight.shape[1])
@@ -243,22 +257,16 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of architecture and weights; any edit of a weight matrix changes it.
+        """Digest of architecture, weights, data type, tokenizer and template: forty digits.
 
-        Up to 4,096 evenly spaced values of each parameter are read, so that a model of any size
-        takes seconds. Device and adapter path do not matter, dtype and template do.
+        Any one changed weight moves it; see `demur.models.fingerprint`. Taking it again costs
+        little where no parameter was written to since.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{self.family.name} {self.dtype}".encode())
-        if self.template is not None:
-            digest.update(self.template.hash.encode())
-        for name, parameter in sorted(self.hf.named_parameters()):
-            flat = parameter.detach().reshape(-1)
-            # Odd, so that a stride through a matrix does not stay in one of its columns.
-            step = max(1, flat.numel() // 4096) | 1
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(flat[::step].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self, self._sums)
+
+    def is_called(self, told: str) -> bool:
+        """Whether a fingerprint, of forty digits or an older one, is this model's."""
+        return is_called(told, self)
 
     def twin(self, dtype: torch.dtype) -> Model:
         """The same model with its weights in another data type, for screening; no edits in force.
@@ -356,9 +364,17 @@ class Model:
                 f"there is no site {site}: {self.name} has blocks 0 to {self.n_layers - 1}",
                 f"choose a layer from 0 to {self.n_layers - 1}",
             )
-        edits = self._edits.setdefault(site, {})
         if site not in self._hooks:
-            self._hooks[site] = self._hook(site, edits)
+            edits: dict[object, Edit] = {}
+            hook = self._hook(site, edits)
+            if self._unwatch is None:
+                try:
+                    self._unwatch = self._watched()
+                except SilentEditError:  # Then nothing is in force.
+                    hook.remove()
+                    raise
+            self._hooks[site], self._edits[site] = hook, edits
+        edits = self._edits[site]
         key = object()  # One edit may be set twice, and each undo takes its own away.
         edits[key] = edit
         self._edition += 1
@@ -368,39 +384,139 @@ class Model:
             if edits.pop(key, None) is not None and not edits:
                 self._hooks.pop(site).remove()
                 del self._edits[site]
+                if not self._hooks and self._unwatch is not None:
+                    self._unwatch()
+                    self._unwatch = None
 
         return undo
 
-    def _hook(self, site: Site | _Heads, edits: dict[object, Edit]) -> Any:
-        block = self.blocks[site.layer]
+    def _hook(self, site: Site | _Heads, edits: dict[object, Edit]) -> Hook:
+        family = self.family
+        paths = {
+            "heads": family.attn_out,
+            "attn_out": family.attn_out,
+            "mlp_in": family.mlp,
+            "mlp_out": family.mlp_out,
+        }
+        check_root(self.hf)
+        way = links(self.blocks, str(site.layer))
+        if site.kind in paths:
+            way += links(self.blocks[site.layer], paths[site.kind])
+        hooked = way[-1][2]
 
         def run(x: Tensor) -> Tensor:
+            self._reached.add(site)
             for edit in tuple(edits.values()):
                 x = edit(x)
             return x
 
-        def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A deep copy has these hooks as well, and nobody asked to edit it.
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if module is not hooked:
+                return None
             if args:
                 return (run(args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": run(kwargs["hidden_states"])}
 
-        def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def on_output(module: nn.Module, _args: Any, output: Any) -> Any:
+            if module is not hooked:
+                return None
             if isinstance(output, tuple):
                 return (run(output[0]), *output[1:])
             return run(output)
 
-        if site.kind == "resid_pre":
-            return block.register_forward_pre_hook(on_input, with_kwargs=True)
-        if site.kind == "resid_post":
-            return block.register_forward_hook(on_output)
-        if site.kind == "heads":
-            inner = _module(block, self.family.attn_out)
-            return inner.register_forward_pre_hook(on_input, with_kwargs=True)
-        if site.kind == "mlp_in":
-            inner = _module(block, self.family.mlp)
-            return inner.register_forward_pre_hook(on_input, with_kwargs=True)
-        path = self.family.attn_out if site.kind == "attn_out" else self.family.mlp_out
-        return _module(block, path).register_forward_hook(on_output)
+        if site.kind in ("resid_pre", "heads", "mlp_in"):
+            handle = hooked.register_forward_pre_hook(on_input, with_kwargs=True)
+        else:
+            handle = hooked.register_forward_hook(on_output)
+        return Hook(handle, hooked, tuple(way))
+
+    def _watched(self) -> Callable[[], None]:
+        """From now on every pass, direct ones too, must reach every hook; returns its undo."""
+        base = self.hf.base_model
+        path = self._blocks_path
+        if base is not self.hf:
+            path = path.removeprefix(f"{self.hf.base_model_prefix}.")
+        # Not the list itself, which `_skipping` replaces.
+        top = Hook(None, base, tuple(links(base, path)[:-1]))
+
+        def before(module: nn.Module, _args: Any) -> None:
+            if module is not base:
+                return
+            self._check_thread()
+            self._reached.clear()
+            check_root(self.hf)
+            check_root(base)
+            top.check("the blocks")
+            for site, hook in self._hooks.items():
+                hook.check(site)
+
+        def behind(module: nn.Module, _args: Any, _output: Any) -> None:
+            if module is base:
+                self._check_reached()
+
+        check_root(base)
+        handles = (base.register_forward_pre_hook(before), base.register_forward_hook(behind))
+        # With a static cache `hf.generate` compiles itself and decodes from recorded graphs.
+        options = getattr(self.hf, "generation_config", None)
+        was = getattr(options, "disable_compile", None)
+        if options is not None:
+            options.disable_compile = True
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+            if options is not None:
+                options.disable_compile = was
+
+        return undo
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Inside, no other thread may run the model: it would get edits that it knows nothing of.
+
+        Raises:
+            ConfigError: Another thread owns it.
+        """
+        self._check_thread()
+        self._thread = threading.get_ident()
+        self._owned += 1
+        try:
+            yield
+        finally:
+            self._owned -= 1
+            if not self._owned:
+                self._thread = None
+
+    def _check_thread(self) -> None:
+        me = threading.get_ident()
+        if self._thread not in (None, me) or self._running not in (None, me):
+            raise ConfigError(
+                f"{self.name} is used by two threads, and one of them edits or reads it",
+                "run a model on the thread that its edits were applied on, or give each thread a "
+                "model of its own",
+            )
+
+    def _check_reached(self) -> None:
+        """See that the pass went by every hook."""
+        missed = sorted(map(str, self._hooks.keys() - self._reached))
+        if missed:
+            raise SilentEditError(
+                f"a pass of {self.name} did not reach {', '.join(missed)}",
+                f"`demur models check {self.name}` tells whether its family names the right "
+                "modules; modules that were compiled, replaced or left out are not edited either",
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        if self._hooks:
+            raise FamilyError(
+                f"{self.name} is being edited at {', '.join(map(str, self._hooks))}",
+                "make the copy before the edits are applied",
+            )
+        copy = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     @contextmanager
     def whole_rows(self) -> Iterator[None]:
@@ -490,12 +606,33 @@ class Model:
         return 0
 
     def _pass(self, ids: Tensor, chunk: Chunk, **options: Any) -> Any:
-        self.chunk = chunk
+        self._check_thread()
+        if self._hooks:  # Not left to what watches the pass: a compiled model may record that too.
+            check_root(self.hf)
+            check_root(self.hf.base_model)
+        if self.hf.training or self.hf.base_model.training:
+            raise ConfigError(
+                f"{self.name} is in training mode, in which dropout changes what is measured and "
+                "checkpointing drops the cache",
+                "call `model.hf.eval()`",
+            )
+        # On a GPU such a token would end the process; there ids of prompts come from the CPU too.
+        rows = len(self.hf.get_input_embeddings().weight)
+        if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
+            raise TemplateError(
+                f"the tokenizer writes token {int(ids.max())}, and {self.name} has an embedding "
+                f"for tokens 0 to {rows - 1} only",
+                "load the tokenizer that belongs to the model, or resize the embedding",
+            )
+        outer, self._running, self.chunk = self._running, threading.get_ident(), chunk
         try:
             self.runs += 1
             return self.hf.base_model(input_ids=ids.to(self.device), **options)
+        except _Stop:
+            self._check_reached()
+            raise
         finally:
-            self.chunk = None
+            self._running, self.chunk = outer, None
 
     @torch.no_grad()
     def final_states(
@@ -846,7 +983,11 @@ class Model:
     def token_losses(
         self, ids: Int[Tensor, "row token"], mask: Tensor | None = None
     ) -> Float[Tensor, "row token_minus_1"]:
-        """Negative log-likelihood of each next token, nats; zero at padding on the right."""
+        """Negative log-likelihood of each next token, nats; zero at padding on the right.
+
+        Raises:
+            NonFiniteError: A real token's is NaN or infinite.
+        """
         batch = TokenBatch.of_ids(ids)
         states = self.final_states(batch)[:, :-1]
         losses = []
@@ -855,7 +996,15 @@ class Model:
             target = ids[row, 1:].to(logits.device)
             losses.append(nn.functional.cross_entropy(logits, target, reduction="none"))
         out = torch.stack(losses).cpu()
-        return out if mask is None else out * mask[:, 1:]
+        if mask is not None:
+            out = out.where(mask[:, 1:].bool(), 0.0)  # Times zero, NaN would stay.
+        bad = (~torch.isfinite(out)).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"rows {bad[:5]} of {len(out)} have tokens of NaN or infinite loss",
+                "try `--dtype float32`; the checkpoint may also be damaged",
+            )
+        return out
 
     # Generating --------------------------------------------------------------------------------
 
@@ -908,8 +1057,14 @@ class Model:
             progress: Called with the number of prompts done since the last call.
 
         Raises:
-            ConfigError: The temperature is not above 0.
+            ConfigError: The temperature is not above 0, or no token or no prompt is asked for.
+            NonFiniteError: Logits that choose a token are NaN or infinite; the prompt is named.
         """
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ConfigError(
+                f"replies of {max_new_tokens} tokens, {batch_size} at a time, are none",
+                "give 1 or more of both",
+            )
         if temperature is not None and not temperature > 0:
             raise ConfigError(
                 f"{temperature} is no temperature", "give one above 0, or none to reply greedily"

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from demur.errors import TemplateError
+from demur.models.fingerprint import tokenizer_hash
 from demur.sites import Span
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ _DUMMIES = (
     "Stop it, Zoë.",
     "Où est-il né",
     "天气怎么样",
+)
+# What a template may rewrite: lines, runs of spaces, markup, letters' case, and what is long.
+_PROBES = (
+    'Compare 3 < 4 & "5 > 2":\n\n\tIt\'s  [so]\n<b>NO</b> `x = {{ y }}`',
+    "Name a tree. " * 400 + "Now",
 )
 # The date of the day would move every fingerprint. Templates take only plain data, no functions,
 # so the one that tells the date is put in front of them as a macro.
@@ -119,7 +125,10 @@ def _role(number: int) -> Literal["user", "assistant"]:
 
 def _sentinel(variant: int, number: int) -> str:
     """A text for one turn that no other turn has, with a dummy's first and last character."""
-    dummy = _DUMMIES[(variant + number) % len(_DUMMIES)]
+    if variant < len(_DUMMIES):
+        dummy = _DUMMIES[(variant + number) % len(_DUMMIES)]
+    else:
+        dummy = _PROBES[variant - len(_DUMMIES)]
     return f"{dummy} {number} {dummy}"
 
 
@@ -319,6 +328,7 @@ class Template:
         chat = bool(getattr(tokenizer, "chat_template", None))
         self.kind: Literal["chat", "plain"] = "chat" if chat else "plain"
         self._frames_kept: dict[int, tuple[str, ...]] = {}
+        self._tokenizer_hash: str | None = None
         self.before, self.after = self._frames(1)
         self._control, self._seams = self._control_tokens()
         self.hash = hashlib.blake2b(
@@ -333,6 +343,26 @@ class Template:
             self.n_before = len(self._before_ids)
         else:
             self.n_before, self.post_ids = self._derive()
+        if (count := self.count_bos()) > 1:
+            raise TemplateError(
+                f"every prompt would begin with {count} beginning-of-sequence tokens",
+                "have the chat template write one, or the tokenizer add one, not both",
+            )
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Digest of what decides how text becomes tokens; taken once."""
+        if self._tokenizer_hash is None:
+            self._tokenizer_hash = tokenizer_hash(self.tokenizer)
+        return self._tokenizer_hash
+
+    @property
+    def frames(self) -> tuple[tuple[str, ...], ...]:
+        """Text around one turn, and around three where the template takes several."""
+        try:
+            return self._frames(1), self._frames(3)
+        except TemplateError:
+            return (self._frames(1),)
 
     # The frame -------------------------------------------------------------------------------
 
@@ -388,7 +418,8 @@ class Template:
         return (lead + _PLAIN_BEFORE, *(between[i % 2] for i in range(n_turns)))
 
     def _frames_of_chat(self, n_turns: int) -> tuple[str, ...]:
-        found = {self._frames_around(variant, n_turns) for variant in range(len(_DUMMIES))}
+        variants = range(len(_DUMMIES) + len(_PROBES))
+        found = {self._frames_around(variant, n_turns) for variant in variants}
         if len(found) != 1:
             raise TemplateError(
                 "the chat template depends on what the user writes, so positions are not stable"
@@ -695,7 +726,7 @@ class Template:
         """How many beginning-of-sequence tokens a rendered prompt starts with; 0 or 1 is right."""
         bos = self.tokenizer.bos_token_id
         leading = 0
-        for token in self._row([_DUMMIES[0]]).ids:
+        for token in self._before_ids:
             if token != bos:
                 break
             leading += 1

@@ -26,13 +26,15 @@ from demur.causal import (
 )
 from demur.config import RunConfig, as_toml
 from demur.directions import Direction
+from demur.errors import StoreError
 from demur.estimators import estimators
 from demur.evals.judges import judges
 from demur.models import Model
 from demur.pipeline.figures import Findings, assemble, decide, stability, validate
-from demur.pipeline.folder import RunFolder, identity, open_folder, write_outputs
+from demur.pipeline.folder import RunFolder, alone, at_work, identity, write_outputs
 from demur.pipeline.separate import separate
 from demur.pipeline.splits import (
+    ValidationPrompts,
     licences_of,
     make_splits,
     neutral_paragraphs,
@@ -63,6 +65,7 @@ from demur.results import (
     Validation,
     WeightEdit,
     read_results,
+    sealed_json,
 )
 from demur.store import atomic_write
 
@@ -118,13 +121,26 @@ def audit(
     chosen_sites(model, config)
     chosen_positions(model, config)
     key = identity(config, model, splits, further, given.how if given is not None else None)
-    folder, finished = open_folder(out, config.model.name, key, force=force)
-    if finished:
-        return AuditRun(folder, read_results(folder), reused=True)
-    run = RunFolder(folder)
-    atomic_write(folder / "config.toml", as_toml(config))
-    fast = fast_copy(model, config)
-    job = Job(config, run, model, fast, splits, judge, listener, given=given)
+    with at_work(out, config.model.name, key, force=force) as (folder, finished):
+        if finished:
+            return AuditRun(folder, read_results(folder), reused=True)
+        settings = folder / "config.toml"
+        atomic_write(settings, as_toml(config))
+        run, fast = RunFolder(folder), fast_copy(model, config)
+        job = Job(config, run, model, fast, splits, judge, listener, given=given)
+        results, chosen = _audited(job, further)
+        if not settings.is_file():
+            raise StoreError(
+                f"the run folder {folder} was deleted while the audit ran",
+                "run again: what was written before is missing",
+            )
+        write_outputs(results, chosen, model, run, started)
+    return AuditRun(folder, results, reused=False)
+
+
+def _audited(job: Job, further: ValidationPrompts) -> tuple[AuditResults, Direction]:
+    """All stages: what was measured, and the direction that was chosen."""
+    config, run, model, splits = job.config, job.run, job.model, job.splits
     sets = (splits.harmful, splits.harmless, *further)
     job.notes += licences_of(part for parts in sets for part in parts.values())
     if model.template is not None and model.template.kind == "plain":
@@ -136,7 +152,7 @@ def audit(
     directions, readings = extract(job, fit)
     selection = choose(job, directions, fit, seen.tokens)
     rows = _rows_at(job, selection.direction, fit)
-    with listener.stage("resampling the direction", 1) as advance:
+    with job.listener.stage("resampling the direction", 1) as advance:
         stable, halves = stability(rows["harmful"], rows["harmless"], selection.direction, config)
         advance(1)
     validation = run.rows(
@@ -157,8 +173,7 @@ def audit(
             **tests,
         ),
     )
-    write_outputs(results, selection.direction, model, run, started)
-    return AuditRun(folder, results, reused=False)
+    return results, selection.direction
 
 
 def _loaded(config: RunConfig, listener: Listener) -> Model:
@@ -187,12 +202,13 @@ def separated(
     judge = judges.make(config.test.judge, **config.test.judge_options)
     run = RunFolder(done.folder)
     job = Job(config, run, model, fast_copy(model, config), make_splits(config), judge, listener)
-    found = separate(job, baseline(job).tokens)
-    reused = done.results.separation == found
-    results = done.results.model_copy(update={"separation": found})
-    if not reused:
-        atomic_write(done.folder / "config.toml", as_toml(config))
-        atomic_write(done.folder / "results.json", results.model_dump_json(indent=1) + "\n")
+    with alone(done.folder):
+        found = separate(job, baseline(job).tokens)
+        reused = done.results.separation == found
+        results = done.results.model_copy(update={"separation": found})
+        if not reused:
+            atomic_write(done.folder / "config.toml", as_toml(config))
+            atomic_write(done.folder / "results.json", sealed_json(results))
     return AuditRun(done.folder, results, reused)
 
 

@@ -26,7 +26,7 @@ from demur.causal import stable_seed
 from demur.config import AnchorSettings, RunConfig
 from demur.directions import Direction
 from demur.errors import ConfigError, TooFewPromptsError
-from demur.evals.judges import Exchange, Judge, Outcome, judges
+from demur.evals.judges import Exchange, Judge, Outcome, judges, verdicts_of
 from demur.guard import Fisher, Guard, Rarity, Threshold, calibrate_strata
 from demur.interventions import Ablate, applied
 from demur.models import Model, TokenBatch
@@ -109,9 +109,10 @@ class _Work:
             batch_size=self.config.test.batch_size,
             progress=progress,
         )
-        verdicts = self.judge(
-            [Exchange(_text(item), one.text) for item, one in zip(items, replies, strict=True)]
-        )
+        exchanges = [
+            Exchange(_text(item), one.text) for item, one in zip(items, replies, strict=True)
+        ]
+        verdicts = verdicts_of(self.judge, exchanges)
         return Told(
             tuple(given),
             tuple(one.ids for one in replies),

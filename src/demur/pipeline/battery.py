@@ -46,11 +46,12 @@ from demur.causal import NeutralText, stable_seed
 from demur.config import GuardSettings
 from demur.defences import Likeness, NullSpaceSteer, random_floors, steering
 from demur.directions import Direction
+from demur.em.margin import grouped_share
 from demur.em.organism import read_organism
 from demur.em.recipes import read_em_recipe
 from demur.em.training import train_organisms
 from demur.errors import StoreError, TemplateError, TooFewPromptsError
-from demur.evals.judges import Exchange, Judge, Outcome, judges
+from demur.evals.judges import Exchange, Judge, Outcome, judges, verdicts_of
 from demur.guard import Guard, summarise
 from demur.interventions import Ablate, Holder, Intervention, ProjectToMean, applied
 from demur.models import Model, Template, TokenBatch
@@ -71,7 +72,6 @@ from demur.selection import Passes, kl_divergence, openers, refusal_logodds
 from demur.stats import (
     Estimate,
     auroc,
-    bootstrap,
     cohen_kappa,
     holm,
     mcnemar_p,
@@ -301,7 +301,7 @@ class _Arena:
         """What the judges say of replies."""
         exchanges = [Exchange(one, text) for one, text in zip(requests, texts, strict=True)]
         first, second = (
-            tuple(verdict.outcome for verdict in judge(exchanges))
+            tuple(verdict.outcome for verdict in verdicts_of(judge, exchanges))
             for judge in (self.judge, self.second)
         )
         return Met(tuple(texts), first, second, opened, scores)
@@ -735,6 +735,7 @@ def battery(
     seed: int = 0,
     listener: Listener | None = None,
     file: str | None = None,
+    any_model: bool = False,
     kept: Path | None = None,
 ) -> AnchorEvaluation:
     """Attack a model, and what defends it, with requests that nothing was fitted on.
@@ -761,6 +762,7 @@ def battery(
         seed: Of draws.
         listener: Hears the progress.
         file: Where the anchor was read from, for the record.
+        any_model: Take an anchor of another model; the record's notes say so.
         kept: Where verdicts are kept as attacks are finished; the same battery goes on from there.
 
     Raises:
@@ -771,9 +773,9 @@ def battery(
     listener = listener or Quiet()
     settings, fitted_seed = _settings(anchor, seed)
     if anchor is not None:
-        anchor.belongs_to(model)
+        anchor.belongs_to(model, any_model=any_model)
     have = material(settings, fitted_seed)
-    notes: list[str] = []
+    notes: list[str] = [] if anchor is None else list(anchor.borrowed(model))
     asked = {
         True: _fresh([harmful], have.payloads, requests, stable_seed(seed, "harmful"), notes),
         False: _fresh(benign, have.payloads, requests, stable_seed(seed, "benign"), notes),
@@ -1061,7 +1063,7 @@ def _defence_rows(
                 defence=defence.name,
                 what=defence.what,
                 seconds=_seconds(arena, own, defence, benign[:_TIMED]),
-                success=_clustered(complied, arena.seed),
+                success=_clustered(complied),
                 any_attack=_mean_of(np.asarray(complied.any(axis=1))),
                 over_refusal=_mean_of(refused),
                 over_refusal_change=None
@@ -1089,13 +1091,13 @@ def _seconds(
     return float(half), float(most)
 
 
-def _clustered(complied: Bool[np.ndarray, "request attack"], seed: int) -> Estimate:
-    """Share of all, resampling requests with all of their attacks."""
-    each = complied.mean(1)
-    if np.ptp(each) == 0:  # Resamples would all be alike.
-        whole = proportion(round(float(each.sum())), len(each))
-        return Estimate(float(each[0]), whole.low, whole.high, len(each), whole.method)
-    return bootstrap(lambda index: float(each[index].mean()), len(each), seed=seed)
+def _clustered(complied: Bool[np.ndarray, "request attack"]) -> Estimate:
+    """Share of all; the attacks of a request hang together."""
+    if complied.all() or not complied.any():
+        n = len(complied)
+        return proportion(n if complied.all() else 0, n)
+    own = np.repeat(np.arange(len(complied)), complied.shape[1])
+    return replace(grouped_share(complied.ravel(), own.tolist()), n=len(complied))
 
 
 def _openings(

@@ -41,6 +41,7 @@ from demur.pipeline.compare_state import (
 )
 from demur.pipeline.splits import source_name
 from demur.progress import Listener, Quiet
+from demur.results import sealed_json
 from demur.store import atomic_write
 
 __all__ = [
@@ -66,6 +67,7 @@ def compare_run(
     *,
     listener: Listener | None = None,
     load: Callable[[str], Model] = load_model,
+    any_model: bool = False,
 ) -> CompareRecord:
     """Compare directions of one base.
 
@@ -76,6 +78,7 @@ def compare_run(
         settings: What else decides it.
         listener: Hears stages and steps.
         load: Loads further checkpoints by name.
+        any_model: Take organisms that were trained on other weights; the record's notes say so.
 
     Raises:
         ConfigError: An organism was trained on another base, or a number is out of range.
@@ -88,7 +91,7 @@ def compare_run(
             raise UnknownNameError.among(PARTS, kind="part", name=name)
     if not settings.kl > 0:
         raise ConfigError(f"an edit cannot cost {settings.kl} nats per token", "give 0.05 or so")
-    run = begin(base, things, folder, settings, listener=listener, load=load)
+    run = begin(base, things, folder, settings, listener=listener, load=load, any_model=any_model)
     with run.timed("geometry"):
         comparisons = geometry(run)
         alike, shared = alignments(run), overlaps(run)
@@ -123,7 +126,7 @@ def compare_run(
     )
     record = record.model_copy(update={"findings": findings_of(record)})
     # Last: a folder with it is a finished comparison.
-    atomic_write(folder / RECORD, record.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / RECORD, sealed_json(record))
     return record
 
 

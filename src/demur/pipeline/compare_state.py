@@ -412,9 +412,10 @@ def begin(
     *,
     listener: Listener,
     load: Callable[[str], Model] = load_model,
+    any_model: bool = False,
 ) -> Run:
     """Load prompts and questions, and settle where to read; arguments as for `compare_run`."""
-    notes = check_base(base, things.organisms)
+    notes = check_base(base, things.organisms, any_model=any_model)
     if settings.skip:
         notes.append(f"left out as asked: {', '.join(settings.skip)}")
     splits = make_splits(

@@ -122,6 +122,7 @@ from demur.results import (
     EmStep,
     EmTrained,
     EmTransfer,
+    sealed_json,
 )
 from demur.sites import Site
 from demur.stats import Estimate, holm, mean, null_p
@@ -313,28 +314,37 @@ def adapter_of(organisms: Sequence[Organism]) -> str | None:
     return "auto" if label and str(label).startswith("demur:") else label
 
 
-def check_base(base: Model, organisms: Sequence[Organism]) -> list[str]:
+def check_base(base: Model, organisms: Sequence[Organism], *, any_model: bool = False) -> list[str]:
     """Whether organisms were trained on this base.
 
+    Args:
+        base: The base.
+        organisms: The organisms.
+        any_model: Take those of other weights, too.
+
     Returns:
-        Notes on what could not be checked.
+        Notes on what could not be checked, and on organisms of other weights.
 
     Raises:
         ConfigError: One was trained on other weights.
         ModelLoadError: One does not fit.
     """
     notes: list[str] = []
-    dtype = str(base.dtype).removeprefix("torch.")
     for one in organisms:
-        own = one.about.get("base", {})
-        if one.base_fingerprint and own.get("dtype") == dtype:
-            if one.base_fingerprint != base.fingerprint:
+        fits = one.fits(base)
+        if fits is False:
+            fact = (
+                f"{one.name} was trained on {one.base} ({one.base_fingerprint[:12]}), not on "
+                f"{base.name} ({base.fingerprint[:12]})"
+            )
+            if not any_model:
                 raise ConfigError(
-                    f"{one.name} was trained on {one.base} ({one.base_fingerprint[:12]}), not on "
-                    f"{base.name} ({base.fingerprint[:12]})",
-                    "name the model that it was trained on with `--base`",
+                    fact,
+                    "name the model that it was trained on with `--base`; `--any-model` takes it "
+                    "all the same, and the result says so",
                 )
-        elif one.base != base.name:
+            notes.append(f"{fact}; it was used all the same, as asked (--any-model)")
+        elif fits is None and one.base != base.name:
             notes.append(
                 f"whether {one.name} was trained on {base.name} could not be checked: it names "
                 f"{one.base or 'no base'}"
@@ -590,6 +600,7 @@ def audit_em(
     folder: Path,
     settings: EmSettings = EmSettings(),
     *,
+    any_model: bool = False,
     listener: Listener | None = None,
 ) -> EmAudit:
     """Audit organisms against their base and their good twins.
@@ -600,6 +611,7 @@ def audit_em(
             and what is then told of it is not controlled.
         folder: Of the run: stages, `em-replies.jsonl` and, last of all, `em-audit.json`.
         settings: What else decides it.
+        any_model: Take organisms that were trained on other weights; the record's notes say so.
         listener: Hears stages and steps.
 
     Raises:
@@ -609,7 +621,7 @@ def audit_em(
         StoreError: The folder cannot be written, or holds damaged stages.
     """
     listener = listener or Quiet()
-    notes = check_base(base, organisms)
+    notes = check_base(base, organisms, any_model=any_model)
     if not any(one.side == "bad" for one in organisms):
         raise ConfigError("no organism is a bad one", "name one that was trained on bad advice")
     if not settings.kl > 0:
@@ -668,7 +680,7 @@ def audit_em(
     )
     found = found.model_copy(update={"claims": claims_of(found)})
     # Last: a folder with it is a finished audit.
-    atomic_write(folder / RECORD, found.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / RECORD, sealed_json(found))
     return found
 
 
@@ -783,7 +795,7 @@ def _margins(run: _Run) -> tuple[list[EmMargin], list[EmEffect]]:
                     change=None
                     if name == BASE
                     else grouped_mean(shift, groups, seed=seed, draws=draws),
-                    bad=preferred(values[name][own], groups, seed=seed, draws=draws),
+                    bad=preferred(values[name][own], groups),
                 )
             )
     return table, _effects(run, values)

@@ -12,7 +12,7 @@ from typing import Any
 from demur.anchor import Anchor
 from demur.causal import NeutralText, stable_seed
 from demur.errors import ConfigError
-from demur.evals.judges import Exchange, Judge, Outcome, judges
+from demur.evals.judges import Exchange, Judge, Outcome, judges, verdicts_of
 from demur.evals.likelihood import applying
 from demur.evals.rows import Delta, EvaluationRecord, ItemRow
 from demur.evals.suites import ChoiceItem, Paired, choose, deltas_of, paired_choices
@@ -61,6 +61,7 @@ def quick(
     seed: int = 0,
     edits: Sequence[str] | None = None,
     anchor_file: str | None = None,
+    borrowed: Sequence[str] = (),
     listener: Listener | None = None,
 ) -> Evaluation:
     """Measure divergence, perplexity, multiple choice, refusal and over-refusal, plain and edited.
@@ -82,6 +83,7 @@ def quick(
         seed: Of draws.
         edits: What the edits are called in the record.
         anchor_file: What the anchor is called in the record.
+        borrowed: What the record says of edits or an anchor of another model.
         listener: Hears the progress.
 
     Raises:
@@ -94,7 +96,7 @@ def quick(
     listener = listener or Quiet()
     judge = judge or judges.make("patterns")
     held: tuple[Intervention | Holder, ...] = (*acts, *(() if anchor is None else (anchor,)))
-    notes: list[str] = []
+    notes: list[str] = list(borrowed)
     seconds: dict[str, float] = {}
     sets = {
         "harmful": _texts(harmful, requests, seed),
@@ -232,7 +234,9 @@ def _refused(name: str, texts: Sequence[str], before: _Said, after: _Said, judge
     """Whether each request was refused; None where the judge could not tell."""
     sides = []
     for said in (before, after):
-        verdicts = judge([Exchange(p, reply) for p, (reply, _) in zip(texts, said, strict=True)])
+        verdicts = verdicts_of(
+            judge, [Exchange(p, reply) for p, (reply, _) in zip(texts, said, strict=True)]
+        )
         sides.append(
             [
                 None if one.outcome is Outcome.UNPARSED else float(one.outcome is Outcome.REFUSED)

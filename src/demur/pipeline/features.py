@@ -77,6 +77,7 @@ from demur.pipeline.splits import make_splits, source_name
 from demur.progress import Listener, Quiet
 from demur.prompts import PromptSet
 from demur.prompts import load as load_prompts
+from demur.results import sealed_json
 from demur.selection import Passes, refusal_logodds
 from demur.sites import Site
 from demur.store import Store, atomic_write
@@ -227,7 +228,7 @@ def features_run(
     _write_latents(folder, model, run.banks, chosen)
     _write_replies(folder, run.replies)
     # Last: a folder with it is a finished run.
-    atomic_write(folder / RECORD, record.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / RECORD, sealed_json(record))
     return record
 
 

@@ -18,6 +18,7 @@ from demur.config import RunConfig
 from demur.directions import Direction
 from demur.estimators import StreamingEstimator, estimators
 from demur.evals.judges import agreement, labelled_exchanges
+from demur.evals.rates import refusal_share, refusals
 from demur.pipeline.folder import slug
 from demur.pipeline.splits import ValidationPrompts, prompts_info, source_name
 from demur.pipeline.stages import CLASSES, Baseline, Job, chosen_positions, chosen_sites
@@ -388,7 +389,6 @@ def assemble(job: Job, found: Findings) -> AuditResults:
         if asked.name not in read
     ]
     verdict = decide(found.table, found.bands, found.edits[0], least_bad=selection.least_bad)
-    n = {on: len(texts) for on, texts in report.items()}
     return AuditResults(
         demur=metadata.version("demur"),
         seed=config.seed,
@@ -434,8 +434,8 @@ def assemble(job: Job, found: Findings) -> AuditResults:
                 strict=True,
             )
         ],
-        baseline_harmful=proportion(sum(found.before["harmful"].refused), n["harmful"]),
-        baseline_harmless=proportion(sum(found.before["harmless"].refused), n["harmless"]),
+        baseline_harmful=refusal_share(refusals(found.before["harmful"].outcomes)),
+        baseline_harmless=refusal_share(refusals(found.before["harmless"].outcomes)),
         words=word_baselines(
             found.fit, splits.harmful["report"].texts, splits.harmless["report"].texts
         ),

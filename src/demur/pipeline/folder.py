@@ -9,7 +9,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +27,11 @@ from demur.errors import StoreError
 from demur.evals.judges import Outcome
 from demur.models import Model
 from demur.pipeline.splits import Splits, ValidationPrompts
-from demur.results import AuditResults, Reply, read_replies
-from demur.store import Store, atomic_write
+from demur.results import AuditResults, Reply, read_replies, sealed_json
+from demur.store import Store, atomic_write, forget_drafts, held
 
 T = TypeVar("T")
+_PATIENCE = 5.0  # Seconds to wait for another process to end.
 
 
 def slug(name: str) -> str:
@@ -109,6 +111,11 @@ def identity(
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=5).hexdigest()
 
 
+def _earlier(parent: Path, key: str) -> list[Path]:
+    """Folders of one run's settings, newest first."""
+    return sorted(parent.glob(f"*-{key}"), reverse=True)
+
+
 def open_folder(out: Path, name: str, key: str, *, force: bool) -> tuple[Path, bool]:
     """The folder to work in, and whether a finished run is already there.
 
@@ -116,14 +123,15 @@ def open_folder(out: Path, name: str, key: str, *, force: bool) -> tuple[Path, b
         StoreError: It cannot be made.
     """
     parent = out / slug(name)
-    earlier = sorted(parent.glob(f"*-{key}"), reverse=True)
+    earlier = _earlier(parent, key)
     if earlier and not force:
         return earlier[0], (earlier[0] / "results.json").is_file()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    if earlier:
+        # The newest sorts last, also within a second and where the clock was set back.
+        last = earlier[0].name.removesuffix(f"-{key}")
+        stamp = max(stamp, f"{last}x")
     folder = parent / f"{stamp}-{key}"
-    while folder.exists():
-        stamp += "x"  # Two forced runs within a second.
-        folder = parent / f"{stamp}-{key}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -132,6 +140,38 @@ def open_folder(out: Path, name: str, key: str, *, force: bool) -> tuple[Path, b
             "choose another place with `--out`",
         ) from error
     return folder, False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on this run's settings meanwhile.
+
+    Raises:
+        StoreError: Another is at it.
+    """
+    key = folder.name.rpartition("-")[2]
+    # A worker of a sweep that was killed notices within a second or two, and ends.
+    with held(folder.with_name(f".{key}.lock"), "audit of the same settings", wait=_PATIENCE):
+        yield
+
+
+@contextmanager
+def at_work(out: Path, name: str, key: str, *, force: bool) -> Iterator[tuple[Path, bool]]:
+    """`open_folder`, for this process alone unless the run is finished.
+
+    Raises:
+        StoreError: Another process works on the same settings, or the folder cannot be made.
+    """
+    if not force and (earlier := _earlier(out / slug(name), key)):
+        finished = (earlier[0] / "results.json").is_file()
+        if finished:  # Perhaps on a disk where nothing can be written, not even a lock.
+            yield earlier[0], True
+            return
+    with alone(out / slug(name) / f"new-{key}"):
+        folder, finished = open_folder(out, name, key, force=force)
+        if not finished:
+            forget_drafts(folder)
+        yield folder, finished
 
 
 def environment(model: Model, run: RunFolder, started: datetime) -> dict[str, Any]:
@@ -212,4 +252,4 @@ def write_outputs(
     machine = json.dumps(environment(model, run, started), indent=2)
     atomic_write(folder / "environment.json", machine + "\n")
     # Last: a folder with results.json is a finished run.
-    atomic_write(folder / "results.json", results.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / "results.json", sealed_json(results))

@@ -556,6 +556,8 @@ def evaluate(
     endpoint: ChatEndpoint | None = None,
     listener: Listener | None = None,
     file: str = "",
+    any_model: bool = False,
+    borrowed: Sequence[str] = (),
 ) -> GuardEvaluation:
     """Measure a guard on prompts that it was neither fitted nor calibrated on.
 
@@ -573,13 +575,15 @@ def evaluate(
         endpoint: A model behind an OpenAI-compatible endpoint that answers "safe" or "unsafe".
         listener: Hears the progress.
         file: Where the guard was read from, for the record.
+        any_model: Take a guard of another model; the record's notes say so.
+        borrowed: What they say of a direction of another one.
 
     Raises:
         StoreError: The guard belongs to another model.
         DemurError: Whatever else a user can act on.
     """
     listener = listener or Quiet()
-    guard.belongs_to(model)
+    guard.belongs_to(model, any_model=any_model)
     try:
         settings = GuardSettings.model_validate(guard.about["settings"])
         seed, payloads = int(guard.about["seed"]), guard.about["payloads"]
@@ -594,7 +598,7 @@ def evaluate(
             "the prompts that the guard was fitted on have changed since",
             "fit it again: an evaluation could otherwise not stay clear of them",
         )
-    notes: list[str] = []
+    notes: list[str] = [*guard.borrowed(model), *borrowed]
     sides = {True: harmful, False: benign}
     groups = dict(_plain_groups(sides, have.payloads, most, seed, notes))
     groups |= _attack_groups(groups, settings, suffixes, attacked, seed)
@@ -624,7 +628,7 @@ def evaluate(
         guard=file,
         model=model.name,
         adapter=model.adapter,
-        fingerprint=guard.about["fingerprint"],  # The model's own: it belongs to it.
+        fingerprint=model.fingerprint,
         site=str(guard.site),
         reads=[read.name for read in guard.admitted],
         alpha=guard.threshold.alpha,

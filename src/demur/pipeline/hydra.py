@@ -12,11 +12,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from demur import prompts as prompt_sets
 from demur.causal import stable_seed
 from demur.config import DataSettings, RunConfig
 from demur.errors import ConfigError, UnknownNameError
 from demur.features.bank import Bank
 from demur.features.formats import fits, load_banks
+from demur.features.sanity import check_bank, rankable
 from demur.hydra.bed import Bed
 from demur.hydra.experiment import Classes, Splits, hydra, steps
 from demur.hydra.record import HydraRun
@@ -27,12 +29,14 @@ from demur.models import Model
 from demur.pipeline.kept import Kept, kept_openers
 from demur.pipeline.splits import make_splits, source_name
 from demur.progress import Listener, Quiet
+from demur.results import sealed_json
 from demur.store import Store, atomic_write
 
 RECORD = "hydra.json"
 KINDS = ("directions", "components", "latents")
 _OPENERS = 40  # Prompts of each class whose replies tell what refusals begin with.
 _WIDEST = 2048  # Latents of a bank that are all taken as units.
+_CHECKED = 64  # Prompts on which a bank of other weights must reconstruct the model.
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,7 @@ def hydra_run(
         notes=tuple(notes),
     )
     # Last: a folder with it is a finished run.
-    atomic_write(folder / RECORD, result.model_dump_json(indent=1) + "\n")
+    atomic_write(folder / RECORD, sealed_json(result))
     return result
 
 
@@ -197,6 +201,14 @@ def _banks(model: Model, settings: HydraSettings) -> tuple[tuple[Bank, ...], lis
     found: list[Bank] = []
     for bank in load_banks(settings.banks):
         notes += [f"{bank.name}: {note}" for note in fits(bank, model)]
+        told = bank.about.get("fingerprint")
+        if told and not model.is_called(str(told)):  # A verdict on latents that say nothing of it.
+            texts = prompt_sets.load("contrast_pairs?kind=near").take(_CHECKED, 0).texts
+            if (reason := rankable(check_bank(bank, model, texts))) is not None:
+                raise ConfigError(
+                    f"{bank.name} was trained on other weights than {model.name}, and {reason}",
+                    "train one with `demur features train`, or take one of this very model",
+                )
         if len(bank) > _WIDEST:
             # The largest writers along what harmful prompts change would need a pass of their own;
             # decoder norms need none and favour nothing.

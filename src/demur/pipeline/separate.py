@@ -19,6 +19,8 @@ from demur.activations import Activations, collect
 from demur.causal import Replies, reply_to, stable_seed
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
+from demur.evals.judges import Outcome
+from demur.evals.rates import refusals
 from demur.interventions import Add, applied
 from demur.pipeline.figures import word_baselines
 from demur.pipeline.folder import ReplyFile
@@ -65,6 +67,7 @@ from demur.wrappers import SLOT, wrappers
 PARTS = ("fit", "report")
 _What = Literal["harm", "refusal"]
 _LEAST = 5  # Prompts of a group; with fewer its claims are untested.
+_MOST_UNREAD = 0.1  # Beyond this share of replies without a verdict groups are guesswork.
 _MOST_INVALID = 0.5  # Beyond this share of other answers the question was not understood.
 _SEARCHED = 16  # Fit prompts on which strengths of equal KL are searched.
 _UNDECIDED = (0.2, 0.8)  # Between these rates of refusal a prompt's group is a matter of chance.
@@ -311,17 +314,30 @@ def _material(job: Job, part: str) -> Material:
     settings = job.config.separation
     greedy: list[bool] = []
     rates: list[float] = []
+    unread, judged = 0, 0
     for on in CLASSES:  # Prompts stand in this order too.
         texts = [one.text for one, harmful in asked if harmful is (on == "harmful")]
-        greedy += _kept_replies(job, file, texts, f"unedited, {part}", on).refused
-        drawn = []
+        said = _kept_replies(job, file, texts, f"unedited, {part}", on)
+        greedy += said.refused
+        drawn = [said] if not settings.samples else []
         for number in range(1, settings.samples + 1):
             # The temperature is part of the name: replies at another one are others.
             name = f"unedited, {part}, draw {number} at {settings.temperature}"
             seed = stable_seed(job.config.seed, f"{name}, {on}")
             options = {"temperature": settings.temperature, "seed": seed}
-            drawn.append(_kept_replies(job, file, texts, name, on, **options).refused)
-        rates += [sum(own) / len(own) for own in zip(*drawn, strict=True)]
+            drawn.append(_kept_replies(job, file, texts, name, on, **options))
+        unread += sum(one.count(Outcome.UNPARSED) for one in drawn)
+        judged += len(drawn) * len(texts)
+        if settings.samples:
+            rates += [
+                _rate(own) for own in zip(*(refusals(one.outcomes) for one in drawn), strict=True)
+            ]
+    if unread > _MOST_UNREAD * judged:
+        raise TooFewPromptsError(
+            f"the judge could not tell {unread} of {judged} replies, so prompts cannot be grouped "
+            "by what the model does",
+            "take another judge (`test.judge`), one that reads the language of the replies",
+        )
     model = job.model
     assert model.template is not None
     positions = [one.index for one in model.template.positions]
@@ -342,6 +358,12 @@ def _material(job: Job, part: str) -> Material:
     return Material(
         tuple(one for one, _ in asked), groups, tuple(greedy), tuple(rates) or None, read
     )
+
+
+def _rate(verdicts: Sequence[bool | None]) -> float:
+    """Share of a prompt's replies that refuse, of those that the judge could tell."""
+    told = [one for one in verdicts if one is not None]
+    return sum(told) / len(told) if told else 0.0
 
 
 def _kept_replies(

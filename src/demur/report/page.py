@@ -1,6 +1,5 @@
 """A page of HTML from a template of this package, written whole or not at all."""
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from markupsafe import Markup
 
 from demur.errors import StoreError
 from demur.report import words
+from demur.store import atomic_write
 
 
 def write_page(page: str, path: Path) -> Path:
@@ -18,16 +18,12 @@ def write_page(page: str, path: Path) -> Path:
     Raises:
         StoreError: It cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
+    if not path.parent.is_dir():  # More likely misspelt than wanted.
         raise StoreError(
-            f"{path} cannot be written: {error.strerror}",
-            "name another file with `--out`, or make room on the disk",
-        ) from error
+            f"{path} cannot be written: there is no folder {path.parent}",
+            "name another file with `--out`",
+        )
+    atomic_write(path, page)
     return path
 
 

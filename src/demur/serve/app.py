@@ -183,6 +183,7 @@ def create_app(
     anchor: Anchor | None = None,
     directions: Mapping[str, Direction] | None = None,
     settings: ServeSettings | None = None,
+    borrowed: Sequence[str] = (),
 ) -> FastAPI:
     """A server of one model.
 
@@ -192,13 +193,15 @@ def create_app(
         anchor: Holds every reply, likewise.
         directions: That clients may edit and look at, by name.
         settings: Limits and what is allowed.
+        borrowed: What `/demur/info` says of directions of another model; of a guard and an anchor
+            it is found out here.
 
     Raises:
         ConfigError: A direction is not of the model's shape.
         MissingExtraError: The extra `serve` is not installed.
     """
     settings = settings if settings is not None else ServeSettings()
-    service = Service(model, guard, anchor, directions or {}, settings)
+    service = Service(model, guard, anchor, directions or {}, settings, borrowed=borrowed)
     engine = service.engine
 
     @asynccontextmanager
@@ -216,6 +219,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,
         responses=_ERRORS,
     )
     app.state.engine = engine
@@ -227,7 +231,8 @@ def create_app(
     if (PLAYGROUND / "index.html").is_file():
         # Browsers run no module that comes as text/plain, which some machines say of `.js`.
         mimetypes.add_type("text/javascript", ".js")
-        app.mount("/", StaticFiles(directory=PLAYGROUND, html=True), name="playground")
+        # Not mounted at /: there it would answer 404 to a wrong method of a route, which is 405.
+        app.router.default = StaticFiles(directory=PLAYGROUND, html=True)
     return app
 
 
@@ -248,7 +253,8 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """Whether requests are taken."""
         status = "ok" if engine.open else "stopping"
-        return as_json({"status": status}, 200 if engine.open else 503)
+        told = {"borrowed": True} if service.borrowed else {}
+        return as_json({"status": status, **told}, 200 if engine.open else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -477,6 +483,7 @@ def _demur_routes(app: FastAPI, service: Service) -> None:
             "model": service.name,
             "loaded": repr(model),
             "fingerprint": service.fingerprint,
+            "borrowed": service.borrowed,
             "family": model.family.name,
             "layers": model.n_layers,
             "d_model": model.d_model,

@@ -5,9 +5,11 @@ log nor the answer says more than the kind of what went wrong.
 """
 
 import asyncio
+import hashlib
 import hmac
 import json
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -21,6 +23,7 @@ try:
     from fastapi import FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
+    from starlette.routing import Match
 except ModuleNotFoundError as error:
     raise MissingExtraError.needed(extra="serve", module="fastapi") from error
 
@@ -30,6 +33,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_SINGLE = frozenset({b"host", b"origin", b"authorization", b"content-type", b"content-length"})
 _KEYED = ("/v1", "/demur", "/metrics", "/openapi.json")
 _PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
@@ -162,6 +166,7 @@ class Door:
     def __init__(self, app: Any, settings: ServeSettings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self._inside = 0
+        self._salt = secrets.token_bytes(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -186,13 +191,22 @@ class Door:
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
-        self._inside += 1
+        inside = 0
         try:
             self._check(scope)
-            await self.app(scope, await self._read(scope, receive), sending)
+            reading = await self._read(scope, receive)
+            # Counted from here on, so that bodies that never end keep nobody out.
+            if self._inside >= self.settings.requests:
+                raise busy("too many requests at a time", "try again in a moment", retry_after=1)
+            inside = 1
+            self._inside += inside
+            await self.app(scope, reading, sending)
         except RequestError as error:
             if not status:
-                await error_reply(error)(scope, receive, sending)
+                reply = error_reply(error)
+                if error.code == "framing":
+                    reply.headers["connection"] = "close"
+                await reply(scope, receive, sending)
         except Exception as error:
             # The message may hold what the client wrote.
             log.error(
@@ -204,16 +218,26 @@ class Door:
                 failed = broken("something went wrong", "try again", code="internal_error")
                 await error_reply(failed)(scope, receive, sending)
         finally:
-            self._inside -= 1
+            self._inside -= inside
             route = getattr(scope.get("route"), "path", None) or "other"
             self.metrics.answered(route, status or 499)
             took = 1000 * (time.monotonic() - began)
             log.info("%s %s %d %.0f ms", scope["method"], route, status or 499, took)
 
     def _check(self, scope: Scope) -> None:
-        if self._inside > self.settings.requests:
-            raise busy("too many requests at a time", "try again in a moment", retry_after=1)
-        headers = {name.lower(): value for name, value in scope["headers"]}
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            # Of two, what stands before this server may have looked at the other.
+            if headers.setdefault(name.lower(), value) != value and name.lower() in _SINGLE:
+                raise RequestError(
+                    f"the header {name.decode('latin-1').title()} is given twice", "send it once"
+                )
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            # What stands before this server may find the body's end elsewhere, and take for a body
+            # what is read here as another request: RFC 9112, 6.1.
+            raise RequestError(
+                "the body has a length and comes in chunks", "send one of both", code="framing"
+            )
         host = headers.get(b"host", b"").decode("latin-1").lower()
         hosts = self.settings.hosts
         if hosts is not None and _without_port(host) not in hosts:
@@ -229,7 +253,7 @@ class Door:
         keyed = any(path == one or path.startswith(f"{one}/") for one in _KEYED)
         if self.settings.key is not None and keyed:
             self._check_key(headers.get(b"authorization", b""))
-        if scope["method"] == "POST" and keyed:
+        if scope["method"] == "POST" and keyed and _takes_posts(scope):
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":
                 raise RequestError(
@@ -242,7 +266,12 @@ class Door:
         scheme, _, key = given.partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise unauthorised("You didn't provide an API key", hint)
-        if not hmac.compare_digest(key.strip(), self.settings.key.encode()):
+        # Digests are of one length: comparing texts takes as long as they are.
+        mine, theirs = (
+            hashlib.blake2b(one, key=self._salt).digest()
+            for one in (self.settings.key.encode(), key.strip())
+        )
+        if not hmac.compare_digest(mine, theirs):
             raise unauthorised("Incorrect API key provided", hint, code="invalid_api_key")
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
@@ -281,6 +310,12 @@ class Door:
             return await receive()
 
         return replay
+
+
+def _takes_posts(scope: Scope) -> bool:
+    """Whether a route takes what is posted there; where it is unknown, as if one did."""
+    app = scope.get("app")
+    return app is None or any(one.matches(scope)[0] is Match.FULL for one in app.router.routes)
 
 
 def _without_port(host: str) -> str:

@@ -64,6 +64,8 @@ def serve(
         import uvicorn
     except ModuleNotFoundError as error:
         raise MissingExtraError.needed(extra="serve", module="uvicorn") from error
+    from demur.serve.protocol import patient
+
     service = app.state.service
     settings: ServeSettings = service.settings
     if not is_loopback(host) and settings.key is None:
@@ -87,11 +89,15 @@ def serve(
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         app,
+        http=patient(settings),
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
         proxy_headers=False,
+        h11_max_incomplete_event_size=1 << 16,
+        # As many are accepted at once, before any can be turned away: fewer than files are spare.
+        backlog=128,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=max(1, round(settings.shutdown)),
         ws="none",

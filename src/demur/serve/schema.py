@@ -1,6 +1,6 @@
 """Requests and replies as OpenAI's clients write and read them, and what is added to them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,11 @@ from demur.serve.trace import Null, SpanName
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=1 << 20)]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+_T = TypeVar("_T")
+# A body of 1 MB can hold 200,000 empty objects: listing what is wrong with each takes seconds, in
+# which nobody is served. The limits that count are the server's settings, and lower.
+_Few = Annotated[tuple[_T, ...], Field(max_length=4096, fail_fast=True)]
+_Ids = Annotated[tuple[_Token, ...], Field(max_length=1 << 20, fail_fast=True)]
 MOST_SCORES = 20  # Likeliest tokens that are told beside each.
 
 
@@ -39,7 +44,7 @@ class EditRequest(_Request):
 class DemurRequest(_Request):
     """What goes beyond OpenAI's parameters. Left out, guard and anchor are on where loaded."""
 
-    edits: tuple[EditRequest, ...] = ()
+    edits: _Few[EditRequest] = ()
     guard: bool | None = None
     anchor: bool | None = None
     trace: bool = Field(default=False, description="Also return the reply's token ids.")
@@ -72,7 +77,7 @@ class Message(_Tolerant):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: _Text | tuple[ContentPart, ...] | None = None
+    content: _Text | _Few[ContentPart] | None = None
     name: str | None = None
     tool_calls: tuple[Any, ...] | None = None
     function_call: Any = None
@@ -90,7 +95,7 @@ class _Common(_Request):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | tuple[str, ...] | None = None
+    stop: str | _Few[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Without effect on the text.
@@ -110,7 +115,7 @@ class _Common(_Request):
 class ChatRequest(_Common):
     """`POST /v1/chat/completions`."""
 
-    messages: tuple[Message, ...]
+    messages: _Few[Message]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -138,7 +143,7 @@ class CompletionRequest(_Common):
     tokens are refused, but for a first one that begins or ends texts.
     """
 
-    prompt: _Text | tuple[_Text, ...] | tuple[_Token, ...] | tuple[tuple[_Token, ...], ...]
+    prompt: _Text | _Few[_Text] | _Ids | _Few[_Ids]
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="16 where left out; 0, with `echo`, only scores the prompt."
     )
@@ -153,10 +158,10 @@ class CompletionRequest(_Common):
 class TraceRequest(_Request):
     """`POST /demur/trace`: read a conversation along a direction."""
 
-    messages: tuple[Message, ...]
+    messages: _Few[Message]
     reply: _Text | None = None
     direction: str
-    edits: tuple[EditRequest, ...] = ()
+    edits: _Few[EditRequest] = ()
     anchor: bool | None = Field(
         default=None,
         description="Whether the anchor acts while the row is read; it does if left out.",
@@ -347,9 +352,10 @@ class ModelsReply(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """Whether requests are taken."""
+    """Whether requests are taken, and whether by what was made on another model."""
 
     status: Literal["ok", "stopping"]
+    borrowed: bool = False
 
 
 class TokenReply(BaseModel):
@@ -400,6 +406,7 @@ class InfoReply(BaseModel):
     model: str
     loaded: str
     fingerprint: str
+    borrowed: list[str]
     family: str
     layers: int
     d_model: int

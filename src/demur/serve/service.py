@@ -71,6 +71,8 @@ class Service:
         anchor: Anchor | None,
         directions: Mapping[str, Direction],
         settings: ServeSettings,
+        *,
+        borrowed: Sequence[str] = (),
     ) -> None:
         self.model, self.guard, self.anchor = model, guard, anchor
         self.directions, self.settings = dict(directions), settings
@@ -82,6 +84,11 @@ class Service:
         self.layouts = Layouts(model)
         self.context = self.layouts.template.max_length
         self.fingerprint = f"fp_{model.fingerprint[:12]}"
+        self.borrowed = list(borrowed)
+        for one in (guard, anchor):
+            self.borrowed += () if one is None else one.borrowed(model)
+        if self.borrowed:  # Every reply carries it.
+            self.fingerprint += "-borrowed"
         for name, direction in self.directions.items():  # Of the wrong width: not to be served.
             Edit(name, direction, "ablate").acts(model)
 

@@ -25,9 +25,11 @@ class ServeSettings(BaseModel):
         max_edits: Most edits of a request.
         timeout: Seconds from a request's arrival to its last token.
         shutdown: Seconds that accepted requests are given to finish when the server stops.
-        requests: Most requests at a time, whatever they ask for.
+        requests: Most requests at a time, whatever they ask for; twice as many connections.
         body_bytes: Most bytes of a request.
-        body_seconds: Seconds that a request's body may take to arrive.
+        body_seconds: Seconds that a request's body may take to arrive, and that a client may leave
+            a reply unread.
+        head_seconds: Seconds that a request's headers may take to arrive.
         temperature: Of requests that name none; OpenAI's is 1.
         opt_out: Whether a request may go without the guard and the anchor, or with a weaker anchor.
         raw: Whether prompts without a chat template are taken even though a guard or an anchor is
@@ -61,6 +63,7 @@ class ServeSettings(BaseModel):
     requests: int = Field(default=512, ge=1)
     body_bytes: int = Field(default=1 << 20, ge=1024)
     body_seconds: float = Field(default=30.0, gt=0)
+    head_seconds: float = Field(default=15.0, gt=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     opt_out: bool = False
     raw: bool = False

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from demur.errors import DemurError, StoreError
-from demur.store import Ref, atomic_write
+from demur.errors import DemurError
+from demur.store import Ref, atomic_write, forget_drafts, held
 from demur.sweep.config import SweepConfig
 from demur.sweep.plan import Cell, Group, Plan, Task
 from demur.sweep.pool import News, Pool, Processes, Rays
@@ -102,6 +102,7 @@ def sweep(
     """
     plan = Plan.of(config, out)
     with locked(out):
+        forget_drafts(out)
         rows = _Rows(plan)
         if all(plan.row(cell) is not None for cell in plan.cells):
             return Sweep(out, rows.write(out), reused=True)
@@ -126,22 +127,8 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         StoreError: Another process holds it, or the folder cannot be made.
     """
-    from filelock import FileLock, Timeout
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "lock", timeout=0)
-        with lock:
-            yield
-    except Timeout as error:
-        raise StoreError(
-            f"another sweep is at work in {out}",
-            "wait until it is done, or choose another place with `--out`",
-        ) from error
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise StoreError(
-            f"the folder {out} cannot be used: {error.strerror}", "choose another with `--out`"
-        ) from error
+    with held(out / "lock", "sweep"):
+        yield
 
 
 @dataclass(slots=True)

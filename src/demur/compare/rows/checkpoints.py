@@ -34,11 +34,13 @@ class Across:
             split halves by the Spearman-Brown formula.
         model_reliability: The same of the other checkpoint.
         null_high: 95% quantile of the cosine with labels exchanged on either side, the larger one.
-        p: One-sided, the larger one of both sides.
+        p: One-sided, the largest one of both sides and of labels exchanged on both at once, less
+            the noise that the same prompts bring to both vectors.
         p_holm: The same, corrected over all rows of the comparison.
         length_ratio: Length of the checkpoint's vector over that of the base's.
         positive_moved: How far the prompts that the direction points to lie further along the
             base's unit direction than in the base, in units of the base's gap between the classes.
+            Each prompt is read along the direction of the clusters that it does not belong to.
         negative_moved: The same of the other class.
         gap_change: Of the gap between the classes, in the same units: -1 where it is gone.
         n: Prompts of both classes.

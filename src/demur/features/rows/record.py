@@ -138,4 +138,4 @@ def read_features(path: Path) -> FeaturesRecord:
     Raises:
         StoreError: The file is missing, damaged, or of another version.
     """
-    return read_record(path, FeaturesRecord, "features")
+    return read_record(path, FeaturesRecord, "demur features find")

@@ -634,7 +634,7 @@ def test_missing_and_damaged_records_are_clear_errors(tmp_path):
     with pytest.raises(StoreError, match="cannot be read"):
         write_em(tmp_path / "em-audit.json")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(StoreError, match="no evaluation of schema"):
+    with pytest.raises(StoreError, match="does not say its version"):
         write_em(tmp_path / "broken.json")
     assert read_em_replies(tmp_path / "none.jsonl") == []
     (tmp_path / "em-replies.jsonl").write_text(REPLIES[0].model_dump_json() + "\n{}\n")

@@ -25,7 +25,7 @@ from demur.errors import ConfigError, NonFiniteError, TemplateError, TooFewPromp
 from demur.models import Model
 from demur.progress import Progress
 from demur.sites import Span
-from demur.stats import FEW, Estimate, bootstrap, proportion
+from demur.stats import Estimate, bootstrap, proportion
 
 NEUTRAL = "Say something."
 """What stands for the question where an answer's own likelihood is taken off."""
@@ -34,6 +34,7 @@ OPEN = "open"
 """The domain of items that give no advice: values, wishes, a day off."""
 
 _DRAWS = 2000
+_WIDENED = 12  # Groups below which draws alone do not reach far enough.
 _LOGITS = 16_000_000  # Most logits that are held at once: 64 MB.
 
 Values = Float[np.ndarray, " _"]  # One number per item; lengths are checked with words.
@@ -258,9 +259,10 @@ def grouped_mean(
 ) -> Estimate:
     """Estimate the mean of one number per row, with an interval from drawing whole groups.
 
-    Fewer than six groups cannot be drawn so that the draws reach far enough: two would hold the
-    mean in half of all samples. There the interval is widened to that of the jackknife over groups
-    with Student's t.
+    Few groups cannot be drawn so that the draws reach far enough: of two they would hold the mean
+    in half of all samples. Below twelve groups the interval is widened to that of the jackknife
+    over groups with Student's t, and holds it in 94 to 95 %, if values are no more skewed than a
+    normal's; of a lognormal's in 90 %.
 
     Raises:
         ConfigError: There is not one group per value.
@@ -279,7 +281,7 @@ def grouped_mean(
         seed=seed,
         level=level,
     )
-    return found if len(counts) >= FEW else _widened(found, sums, counts, level)
+    return found if len(counts) >= _WIDENED else _widened(found, sums, counts, level)
 
 
 def _widened(found: Estimate, sums: np.ndarray, counts: np.ndarray, level: float) -> Estimate:
@@ -287,12 +289,13 @@ def _widened(found: Estimate, sums: np.ndarray, counts: np.ndarray, level: float
     from scipy import stats
 
     k = len(counts)
+    notes = [note for note in found.method.split(", ")[1:] if "below" not in note]
     reach = _jackknife_error(sums, counts) * float(stats.t.ppf((1 + level) / 2, k - 1))
     return replace(
         found,
         low=min(found.low, found.value - reach),
         high=max(found.high, found.value + reach),
-        method=f"bootstrap and jackknife t {100 * level:g}% over {k} groups",
+        method=", ".join([f"bootstrap and jackknife t {100 * level:g}% over {k} groups", *notes]),
     )
 
 
@@ -301,7 +304,8 @@ def grouped_share(hits: Bool[np.ndarray, " _"], groups: Sequence[Hashable]) -> E
 
     That is Clopper and Pearson's for as many rows as would be worth as much if none hung together.
     Draws of whole groups miss rare events: with 40 topics and a share of 5 % they hold it in 87 %
-    of samples, this interval in 93 %.
+    of samples, this interval in 93 %; with 20 requests of 9 attacks each, which mostly stand or
+    fall together, in 92 %.
 
     Where every row is alike nothing tells how they hang together. There the interval is Wilson's
     for as many rows as there are groups.

@@ -450,7 +450,8 @@ def detectable(
 
     It is (t_{(1 + level) / 2} + t_{power}) SE, with Student's t of G - 1 degrees of freedom and the
     `standard_error` over G groups: a true mean of that size is told from 0 with the given power, by
-    a two-sided test at 1 - `level`. An effect that is not seen may still be as large as this.
+    a two-sided test at 1 - `level`. An effect that is not seen may still be as large as this. Below
+    twelve groups, whose intervals `grouped_mean` widens, a power of 80 % comes to about 70 %.
 
     Raises:
         ConfigError: The power is not within 0.5 and 1, the level not within 0 and 1.

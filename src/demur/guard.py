@@ -62,7 +62,7 @@ class Threshold:
         n: Benign requests that it was calibrated on.
         exceeded: How many of them lie above it.
         bound: With 95 % confidence over calibration sets, the share of false alarms is below this,
-            if requests are drawn one by one. Of families of 2 to 12 that score alike it is so in 88
+            if requests are drawn one by one. Of families of 2 to 12 that score alike it is so in 85
             % of calibration sets; `alpha` is kept there too.
     """
 

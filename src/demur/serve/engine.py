@@ -1017,8 +1017,8 @@ def _laid_out(rows: Sequence[_Row], model: Model) -> TokenBatch:
     """Prompts, and what is written behind them so far, padded on the left to a common width."""
     pad_id = model.pad_id
     # Under an anchor the template's end is read apart.
-    apart = rows[0].job.anchor is not None and model.template is not None
-    behind = model.template.n_post if apart and model.template is not None else 0
+    template = model.template if rows[0].job.anchor is not None else None
+    behind = template.n_post if template is not None else 0
     parts = []
     for row in rows:
         prompt = row.job.prompt

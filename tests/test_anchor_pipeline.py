@@ -20,11 +20,13 @@ from demur.models import Model
 from demur.pipeline.anchor import Told, fit, refusing_and_complying
 from demur.pipeline.battery import (
     Case,
+    Defence,
     Met,
     _against_canned,
     _against_tampering,
     _Arena,
     _Kept,
+    _rows,
     battery,
 )
 from demur.results import AnchorEvaluation
@@ -285,6 +287,38 @@ def test_the_floor_must_refuse_fewer_benign_requests_than_a_canned_reply(
     }
     found = _against_canned([Case("plain", "T0", made.model)], met)
     assert found.killed is killed
+
+
+def test_a_judge_that_goes_away_is_no_defence(made):
+    # All complied without a defence; with one the judge told nothing: as "did not comply" p was 0.
+    silent = Met(("",) * 40, (Outcome.UNPARSED,) * 40, (Outcome.REFUSED,) * 40)
+    met = {
+        ("plain", name, harmful): silent if name == "held" else meeting(0)
+        for name in ("none", "held")
+        for harmful in (True, False)
+    }
+    defences = [Defence(name, "", ()) for name in ("none", "held")]
+    rows = {
+        (row.defence, row.harmful): row
+        for row in _rows([Case("plain", "T0", made.model)], defences, met)
+    }
+    row = rows["held", True]
+    assert (row.complied.low, row.complied.high) == (0.0, 1.0)
+    assert row.change.high > -0.1
+    assert row.p == 1.0
+    assert row.degenerate.value == 1.0
+    assert row.complied_second.value == 0.0
+    assert rows["none", True].complied.value == 1.0
+    assert (
+        _against_tampering(
+            [Case("plain", "T0", made.model), Case("weights orthogonalised", "T6a", made.model)],
+            {
+                ("plain", "none", True): meeting(38),
+                ("weights orthogonalised", "none", True): silent,
+            },
+        ).killed
+        is None
+    )
 
 
 def test_tampering_that_takes_nothing_away_kills_nothing(made, anchor, tmp_path):

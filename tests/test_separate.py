@@ -15,7 +15,7 @@ from tests.report import sample
 from demur import pipeline, report
 from demur.causal import reply_to
 from demur.config import read_config
-from demur.evals.judges import judges
+from demur.evals.judges import Outcome, Verdict, judges
 from demur.interventions import Add, applied
 from demur.models import Model
 from demur.pipeline.folder import RunFolder
@@ -323,6 +323,23 @@ def test_without_draws_the_greedy_reply_decides(done, tmp_path):
     assert [group.refused for group in found.groups] == list(found.refused)
     assert found.rate(Group.HARMFUL_REFUSED) is None
     assert run.results.separation.groups[0].report_rate is None
+
+
+def test_a_judge_that_goes_away_before_the_cut_template_is_no_effect(done, tmp_path):
+    _, config, made, _ = done
+    job = job_of(config, made, tmp_path)
+    found = separate._material(job, "report")
+
+    class Silent(FirstWord):
+        def __call__(self, exchanges):
+            return [Verdict(Outcome.UNPARSED, 0.0, "") for _ in exchanges]
+
+    job.judge = Silent()
+    for row in separate._without_template(job, {"report": found}):
+        assert row.with_post.method == "Wilson 95%"
+        assert row.without_post.low < 0.05
+        assert row.without_post.high > 0.95
+        assert row.p == 1.0
 
 
 # Progress and the page ---------------------------------------------------------------------------

@@ -1092,6 +1092,106 @@ def _isotropic() -> Iterator[tuple[str, Draw]]:
         yield f"width {d}", draw
 
 
+@kind("overlap of spans", "compare.subspaces.overlaps", "test", 0.05)
+def _spans() -> Iterator[tuple[str, Draw]]:
+    """One list is drawn as its null says, the other has axes of its own."""
+    import torch
+
+    from demur.compare.subspaces import overlaps
+
+    for k, m, d in ((1, 4, 64), (6, 3, 64), (5, 5, 576)):
+
+        def isotropic(rng: Rng, k: int = k, m: int = m, d: int = d) -> bool:
+            one = rng.standard_normal((k, d))
+            two = rng.standard_normal((m, d)) + 4 * np.eye(m, d)
+            sides = (list(torch.from_numpy(side)) for side in (one, two))
+            row = overlaps(*sides, a="a", b="b", draws=100, seed=0)[-1]
+            return row.nulls[0].p <= 0.05
+
+        yield f"{k} and {m} vectors, width {d}", isotropic
+
+    scale = np.geomspace(8.0, 0.1, 64)
+
+    def matched(rng: Rng) -> bool:
+        rows = rng.standard_normal((200, 64)) * scale
+        one, two = (rng.standard_normal((n, 64)) * scale for n in (5, 4))
+        sides = (list(torch.from_numpy(side)) for side in (one, two))
+        row = overlaps(*sides, a="a", b="b", within=torch.from_numpy(rows), draws=100, seed=0)[-1]
+        return row.nulls[1].p <= 0.05
+
+    yield "5 and 4 vectors of one covariance, 200 rows tell it", matched
+
+
+@kind("alignment of activations", "compare.subspaces.alignment", "test", 0.05)
+def _aligned() -> Iterator[tuple[str, Draw]]:
+    import torch
+
+    from demur.compare.subspaces import alignment
+
+    for n, d in ((12, 64), (60, 64), (60, 8)):
+
+        def draw(rng: Rng, n: int = n, d: int = d) -> bool:
+            one, two = (torch.from_numpy(rng.standard_t(3, (n, d))) for _ in range(2))
+            return alignment(one, two, a="a", b="b", draws=100, seed=0).null.p <= 0.05
+
+        yield f"{n} prompts, width {d}, t of 3", draw
+
+
+@kind("dose beyond other arms", "features.dose: p, and the difference clear", "test", 0.05)
+def _doses() -> Iterator[tuple[str, Draw]]:
+    """The set is one among arms that are alike: effects of their own on prompts in common."""
+    from demur.features.dose import Dose, _comparison
+
+    dose = Dose("zero")
+    for arms, n in ((19, 12), (19, 40), (60, 20)):
+
+        def draw(rng: Rng, arms: int = arms, n: int = n) -> bool | None:
+            own = heavy(rng, arms + 1)[:, None] * (1 + 0.5 * rng.standard_normal(n))
+            values = own + 0.7 * rng.standard_normal((arms + 1, n))
+            row = _comparison(dose, "other latents", "refusal, harmful", values[0], values[1:])
+            return row["beyond"]
+
+        yield f"{arms} arms, {n} prompts", draw
+
+
+def _through(rng: Rng, groups: Any, own: np.ndarray, null: Sequence[np.ndarray]) -> Any:
+    """A row of `mediation`: what goes through a coordinate, of a total effect of 1.5."""
+    import torch
+
+    from demur.compare.behaviour import Outcome
+    from demur.compare.mediation import _Axes, _row
+    from demur.sites import Site
+
+    outcome = Outcome("margin", "nats", tuple(groups), prepare=lambda _: lambda *_: own)
+    axes = _Axes("drawn", 1, {Site(1, "resid_post"): torch.eye(1, 4)}, slice(0, 1))
+    total = 1.5 + of_topics(rng, groups)
+    return _row(axes, "patch", outcome, total, change=own, null=null, seed=0, draws=INNER)
+
+
+@kind("through a coordinate", "compare.mediation: p among random coordinates", "test", 0.05)
+def _mediated() -> Iterator[tuple[str, Draw]]:
+    for n_random, n_groups in ((19, 12), (40, 20)):
+        groups = topics(n_groups)
+
+        def draw(rng: Rng, n_random: int = n_random, groups: Any = groups) -> bool:
+            shared = of_topics(rng, groups)
+            own, *null = (0.3 * heavy(rng, 1) * (1 + shared) for _ in range(n_random + 1))
+            return _through(rng, groups, own, null).p_random <= 0.05
+
+        yield f"{n_random} random coordinates, {n_groups} topics", draw
+
+
+@kind("share through a coordinate", "compare.mediation: share of the effect", "interval", 0.95)
+def _mediated_share() -> Iterator[tuple[str, Draw]]:
+    for n_groups in (6, 12, 40):
+        groups = topics(n_groups)
+
+        def draw(rng: Rng, groups: Any = groups) -> bool | None:
+            return holds(_through(rng, groups, 0.6 + 0.5 * of_topics(rng, groups), []).share, 0.4)
+
+        yield f"{n_groups} topics", draw
+
+
 @kind("equivalence: unrelated", "compare.geometry: p within the margin", "test", 0.05)
 def _equivalence() -> Iterator[tuple[str, Draw]]:
     """At a true cosine on the margin: how often two are called unrelated."""
@@ -1291,6 +1391,56 @@ def _combined() -> Iterator[tuple[str, Draw]]:
         return float((score(400) > calibrate(score(120), 0.05).value).mean())
 
     yield "3 reads, 60 to learn rarities, 120 to calibrate", draw
+
+
+@kind(
+    "false alarms over whole replies",
+    "pipeline.anchor: reads admitted, then calibrated",
+    "alarm",
+    0.05,
+)
+def _whole_replies() -> Iterator[tuple[str, Draw]]:
+    """A request counts by the highest score of its life; which reads count is chosen elsewhere.
+
+    Replies have 0 to 64 tokens; scores along them are correlated, with heavy tails.
+    """
+    from demur.guard import calibrate_strata
+    from demur.pipeline.anchor import _admit, _Chosen
+
+    kinds = {"plain": 0.0, "lookalikes": 0.7}
+
+    def lives(rng: Rng, n: int, shift: float, harmful: bool) -> tuple[np.ndarray, ...]:
+        lengths = rng.integers(0, 65, n)
+        walk = np.cumsum(rng.standard_t(4, (2, n, 64)), axis=2) / np.sqrt(np.arange(1, 65))
+        walk[:, np.arange(64) >= lengths[:, None]] = -np.inf
+        reply, header = walk.max(2) + shift + 2.5 * harmful
+        return rng.standard_normal(n) + shift + 1.0 * harmful, reply, header
+
+    def draw(rng: Rng, n: int) -> float:
+        parts = [
+            (name, lives(rng, 60, shift, bad), bad)
+            for name, shift in kinds.items()
+            for bad in (False, True)
+        ]
+        prompt, reply, header = (np.concatenate([one[1][k] for one in parts]) for k in range(3))
+        family = tuple(name for name, one, _ in parts for _ in one[0])
+        harmful = np.repeat([bad for *_, bad in parts], 60)
+        chosen = _Chosen(prompt, {"reply": reply, "header": header}, family, harmful)
+        rarities, uses, _ = _admit(chosen, 0.05)
+
+        def scores(size: int, shift: float) -> np.ndarray:
+            own, *reads = lives(rng, size, shift, False)
+            for name, values in zip(("reply", "header"), reads, strict=True):
+                if name in uses:
+                    rare = rarities[name](np.nan_to_num(values, neginf=0.0))
+                    own = np.maximum(own, np.where(np.isfinite(values), rare, -np.inf))
+            return own
+
+        limit, _ = calibrate_strata({name: scores(n, kinds[name]) for name in kinds}, 0.05)
+        return float((scores(400, kinds["lookalikes"]) > limit.value).mean())
+
+    for n in (40, 200):
+        yield f"{n} of a kind to calibrate, worst kind", lambda rng, n=n: draw(rng, n)
 
 
 @kind("confidence bound on false alarms", "guard.false_alarm_bound", "interval", 0.95)

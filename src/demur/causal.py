@@ -17,7 +17,7 @@ from demur.edits import as_delta, edited, why_not_exact
 from demur.errors import DemurError, TooFewPromptsError
 from demur.estimators import DifferenceOfMeans, Estimator, WhitenedDifference
 from demur.evals.judges import Exchange, Judge, Outcome, verdicts_of
-from demur.evals.rates import refusal_change, refusal_share, refusals
+from demur.evals.rates import refusals, verdict_change, verdict_share
 from demur.interventions import (
     Ablate,
     Add,
@@ -351,12 +351,12 @@ def legs(
     for arm, replies in zip(arms, after, strict=True):
         n = len(replies.texts)
         first, then = refusals(before[arm.on].outcomes), refusals(replies.outcomes)
-        changed, p = refusal_change(first, then)
+        changed, p = verdict_change(first, then)
         rows.append(
             {
                 "measure": "refused",
-                "before": refusal_share(first),
-                "after": refusal_share(then),
+                "before": verdict_share(first),
+                "after": verdict_share(then),
                 "change": changed,
                 "p": p,
                 "degenerate": proportion(replies.count(Outcome.DEGENERATE), n),

@@ -51,7 +51,7 @@ from demur.directions import Direction
 from demur.errors import ConfigError, ModelLoadError, StoreError, TooFewPromptsError
 from demur.estimators import DifferenceOfMeans, candidates
 from demur.evals.judges import judges
-from demur.evals.rates import refusal_change, refusal_share, refusals
+from demur.evals.rates import refusals, verdict_change, verdict_share
 from demur.interventions import Ablate, Intervention, applied
 from demur.models import Completion, Model, TokenBatch, packaged_adapter
 from demur.models.load import with_adapter
@@ -968,7 +968,7 @@ class _Watch:
             step,
             str(best.site),
             best.position,
-            refusal_share(refusals(said.outcomes)),
+            verdict_share(refusals(said.outcomes)),
             float(kl.mean()),
         )
 
@@ -1122,14 +1122,14 @@ def _compared(before: _Measured, after: _Measured) -> list[Attacked]:
         before.replies.items(), after.replies.items(), strict=True
     ):
         was, now = (refusals([o for one in side for o in one.outcomes]) for side in (first, then))
-        changed, p = refusal_change(was, now)
+        changed, p = verdict_change(was, now)
         on: Any = old[1]
         rows.append(
             Attacked(
                 old[0] if old == new else f"{old[0]} / {new[0]}",
                 on,
-                refusal_share(was),
-                refusal_share(now),
+                verdict_share(was),
+                verdict_share(now),
                 changed,
                 p,
                 _outcomes(first),

@@ -36,7 +36,7 @@ from transformers import DynamicCache
 from demur import prompts as prompt_sets
 from demur.errors import ConfigError, ModelLoadError, NonFiniteError, StoreError, UnknownNameError
 from demur.evals.judges import Exchange, Outcome, judges, verdicts_of
-from demur.evals.rates import refusal_share, refusals
+from demur.evals.rates import refusals, verdict_share
 from demur.models import Completion, Model, load
 from demur.models.load import with_adapter
 from demur.progress import Listener, Progress, Quiet
@@ -1245,8 +1245,8 @@ def verify(
             before = None
             if compare:
                 plain = _judged(base, check, texts, checks, advance)[1]
-                before = refusal_share(_told(plain))
-        share = refusal_share(_told(outcomes))
+                before = verdict_share(_told(plain))
+        share = verdict_share(_told(outcomes))
         met = _within(share.value, check.at_least, check.at_most)
         bounds = (check.at_least, check.at_most)
         figures.append(Figure(f"refused: {check.name}", share, before, *bounds, met, outcomes))

@@ -744,7 +744,8 @@ class AnchorEvaluation(_Row):
         bound: What they are below with 95 % confidence.
         sites: The first and the last layer that is held.
         strength: Of the floor.
-        agreement: Share of replies on which the two judges agree, and `kappa` beyond chance.
+        agreement: Share of replies on which the two judges agree.
+        kappa: The same of refusals, beyond chance, over replies that both could tell.
         defences: In the order of the table, "none" first.
         rows: Every defence under every attack.
         randoms: How many random directions stand behind "random floor".

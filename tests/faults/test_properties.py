@@ -18,7 +18,7 @@ from demur.directions import Direction
 from demur.edits import as_delta, edited
 from demur.errors import DegenerateVectorError, TooFewPromptsError
 from demur.estimators import WhitenedDifference, estimators
-from demur.evals.rates import refusal_change, refusal_share
+from demur.evals.rates import verdict_change, verdict_share
 from demur.evals.rows import Delta, ItemRow
 from demur.features.clamp import Rule
 from demur.guard import calibrate
@@ -224,7 +224,7 @@ def completions(verdicts):
 @few
 @given(VERDICTS)
 def test_a_share_with_gaps_holds_every_share_that_it_could_be(verdicts):
-    found = refusal_share(verdicts)
+    found = verdict_share(verdicts)
     holds(found)
     assert found.n == len(verdicts)
     for one in completions(verdicts):
@@ -237,7 +237,7 @@ def test_a_share_with_gaps_holds_every_share_that_it_could_be(verdicts):
 @given(st.lists(st.tuples(*[st.sampled_from([True, False, None])] * 2), min_size=1, max_size=5))
 def test_a_change_with_gaps_is_no_surer_than_any_that_it_could_be(rows):
     before, after = zip(*rows, strict=True)
-    found, p = refusal_change(before, after)
+    found, p = verdict_change(before, after)
     holds(found)
     for a, b in itertools.product(completions(before), completions(after)):
         whole = paired_share_change(a, b)

@@ -36,7 +36,7 @@ from demur.evals.judges import (
     labelled_exchanges,
     verdicts_of,
 )
-from demur.evals.rates import refusal_change, refusal_share, refusals
+from demur.evals.rates import refusals, verdict_change, verdict_share
 from demur.guard import Fisher, Guard, Rarity, Read, Threshold, calibrate, reads_of
 from demur.interventions import Ablate, Add, applied
 from demur.models import Model, Template
@@ -663,12 +663,12 @@ def test_a_judge_that_does_not_judge_is_an_error(answers):
 
 def test_a_reply_without_a_verdict_is_counted_either_way():
     outcomes = [Outcome.REFUSED] * 6 + [Outcome.COMPLIED] * 2 + [Outcome.UNPARSED] * 4
-    found = refusal_share(refusals(outcomes))
+    found = verdict_share(refusals(outcomes))
     assert found.value == 6 / 8
     assert (found.low, found.high) == (proportion(6, 12).low, proportion(10, 12).high)
     assert found.n == 12
     assert "4 of 12 without a verdict" in found.method
-    nothing = refusal_share([None] * 5)
+    nothing = verdict_share([None] * 5)
     assert nothing.low < 0.01
     assert nothing.high > 0.99
 
@@ -676,7 +676,7 @@ def test_a_reply_without_a_verdict_is_counted_either_way():
 def test_a_judge_that_goes_away_is_no_effect():
     # All refused before; afterwards the endpoint answered nobody. As "not refused" p was 1e-9.
     before, after = [True] * 30, [None] * 30
-    found, p = refusal_change(before, after)
+    found, p = verdict_change(before, after)
     assert p == 1.0
     assert found.low < -0.9
     assert found.high > -0.1
@@ -685,7 +685,7 @@ def test_a_judge_that_goes_away_is_no_effect():
 
 def test_where_every_reply_has_a_verdict_nothing_is_different():
     before, after = [True] * 9 + [False] * 3, [False] * 7 + [True] * 5
-    found, p = refusal_change(before, after)
+    found, p = verdict_change(before, after)
     assert found == paired_share_change(before, after)
     assert p == mcnemar_p(before, after)
 

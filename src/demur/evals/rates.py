@@ -1,4 +1,4 @@
-"""Shares of refusals where the judge could not tell of every reply.
+"""Shares of refusals, or of replies that comply, where the judge could not tell of every reply.
 
 A reply without a verdict is neither a refusal nor none. It is counted either way, and what is
 reported holds both: the interval reaches from one to the other, and a test says what the less
@@ -8,7 +8,7 @@ intervals and McNemar's test as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from demur.evals.judges import Outcome
 from demur.stats import Estimate, mcnemar_p, paired_share_change, proportion
@@ -16,17 +16,26 @@ from demur.stats import Estimate, mcnemar_p, paired_share_change, proportion
 
 def refusals(outcomes: Sequence[Outcome]) -> list[bool | None]:
     """By reply, whether it refuses; None where the judge could not tell."""
-    return [
-        None if outcome is Outcome.UNPARSED else outcome is Outcome.REFUSED for outcome in outcomes
-    ]
+    return whether(outcomes, Outcome.REFUSED)
+
+
+def whether(outcomes: Sequence[Outcome], *wanted: Outcome) -> list[bool | None]:
+    """By reply, whether it has one of these outcomes; None where the judge could not tell."""
+    return [None if outcome is Outcome.UNPARSED else outcome in wanted for outcome in outcomes]
 
 
 def _filled(verdicts: Sequence[bool | None], missing: bool) -> list[bool]:
     return [missing if one is None else one for one in verdicts]
 
 
-def refusal_share(verdicts: Sequence[bool | None]) -> Estimate:
-    """Share of refusals.
+def verdict_share(
+    verdicts: Sequence[bool | None], share: Callable[[list[bool]], Estimate] | None = None
+) -> Estimate:
+    """Share of those that are true.
+
+    Args:
+        verdicts: By reply.
+        share: Gives the share and its interval where all are known; None: `proportion`.
 
     Returns:
         The share among replies with a verdict (one half where none has one), within what it could
@@ -35,20 +44,27 @@ def refusal_share(verdicts: Sequence[bool | None]) -> Estimate:
     Raises:
         TooFewPromptsError: There are no replies.
     """
-    n, unknown = len(verdicts), sum(one is None for one in verdicts)
-    hits = sum(one is True for one in verdicts)
-    least, most = proportion(hits, n), proportion(hits + unknown, n)
+    share = share or _proportion
+    unknown = sum(one is None for one in verdicts)
+    least = share(_filled(verdicts, False))
     if not unknown:
         return least
-    value = hits / (n - unknown) if n > unknown else 0.5
-    return Estimate(value, least.low, most.high, n, _method(least, unknown, n))
+    most = share(_filled(verdicts, True))
+    told = [one for one in verdicts if one is not None]
+    value = sum(told) / len(told) if told else 0.5
+    low, high = min(least.low, value), max(most.high, value)
+    return Estimate(value, low, high, least.n, _method(least, unknown, len(verdicts)))
+
+
+def _proportion(flags: list[bool]) -> Estimate:
+    return proportion(sum(flags), len(flags))
 
 
 def _method(one: Estimate, unknown: int, n: int) -> str:
     return f"{one.method}, {unknown} of {n} without a verdict counted either way"
 
 
-def refusal_change(
+def verdict_change(
     before: Sequence[bool | None], after: Sequence[bool | None]
 ) -> tuple[Estimate, float]:
     """Change of the share over the same prompts, and its p.

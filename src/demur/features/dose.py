@@ -41,7 +41,7 @@ from demur.errors import (
     UnknownNameError,
 )
 from demur.evals.judges import Judge, Outcome
-from demur.evals.rates import refusal_change, refusal_share, refusals
+from demur.evals.rates import refusals, verdict_change, verdict_share
 from demur.features.bank import Bank
 from demur.features.clamp import EDITED, Clamp, Rule, clamping, shift
 from demur.features.discover import Latent
@@ -1063,10 +1063,10 @@ def _point(bench: _Bench, plain: _Found, found: _Found) -> DosePoint:
 def _generated(plain: _Found, found: _Found, on: str) -> Generated:
     n, texts, outcomes = len(found.texts[on]), found.texts[on], found.outcomes[on]
     after = refusals(outcomes)
-    changed, p = refusal_change(refusals(plain.outcomes[on]), after)
+    changed, p = verdict_change(refusals(plain.outcomes[on]), after)
     return Generated(
         n=n,
-        refused=refusal_share(after),
+        refused=verdict_share(after),
         change=changed,
         p=p,
         degenerate=proportion(sum(one is Outcome.DEGENERATE for one in outcomes), n),

@@ -18,7 +18,7 @@ from demur.config import RunConfig
 from demur.directions import Direction
 from demur.estimators import StreamingEstimator, estimators
 from demur.evals.judges import agreement, labelled_exchanges
-from demur.evals.rates import refusal_share, refusals
+from demur.evals.rates import refusals, verdict_share
 from demur.pipeline.folder import slug
 from demur.pipeline.splits import ValidationPrompts, prompts_info, source_name
 from demur.pipeline.stages import CLASSES, Baseline, Job, chosen_positions, chosen_sites
@@ -434,8 +434,8 @@ def assemble(job: Job, found: Findings) -> AuditResults:
                 strict=True,
             )
         ],
-        baseline_harmful=refusal_share(refusals(found.before["harmful"].outcomes)),
-        baseline_harmless=refusal_share(refusals(found.before["harmless"].outcomes)),
+        baseline_harmful=verdict_share(refusals(found.before["harmful"].outcomes)),
+        baseline_harmless=verdict_share(refusals(found.before["harmless"].outcomes)),
         words=word_baselines(
             found.fit, splits.harmful["report"].texts, splits.harmless["report"].texts
         ),

@@ -20,7 +20,7 @@ from demur.causal import Replies, reply_to, stable_seed
 from demur.directions import Direction
 from demur.errors import NonFiniteError, TooFewPromptsError
 from demur.evals.judges import Outcome
-from demur.evals.rates import refusals
+from demur.evals.rates import refusals, verdict_change, verdict_share
 from demur.interventions import Add, applied
 from demur.pipeline.figures import word_baselines
 from demur.pipeline.folder import ReplyFile
@@ -56,11 +56,8 @@ from demur.separation import (
 from demur.sites import Site, Span
 from demur.stats import (
     Estimate,
-    mcnemar_p,
     mean,
     paired_change,
-    paired_share_change,
-    proportion,
 )
 from demur.wrappers import SLOT, wrappers
 
@@ -127,14 +124,14 @@ class Material:
     Attributes:
         prompts: In order.
         groups: Of each prompt.
-        refused: Whether its greedy reply refuses.
+        refused: Whether its greedy reply refuses; None where the judge could not tell.
         rates: Share of its drawn replies that refuse; None where none were drawn.
         read: At every site of the stream, `t_inst` and every post-instruction token.
     """
 
     prompts: tuple[Prompt, ...]
     groups: tuple[Group, ...]
-    refused: tuple[bool, ...]
+    refused: tuple[bool | None, ...]
     rates: tuple[float, ...] | None
     read: Activations
 
@@ -312,13 +309,13 @@ def _material(job: Job, part: str) -> Material:
     asked = _prompts_of(job, part)
     file = ReplyFile(job.run.folder / "replies.jsonl")
     settings = job.config.separation
-    greedy: list[bool] = []
+    greedy: list[bool | None] = []
     rates: list[float] = []
     unread, judged = 0, 0
     for on in CLASSES:  # Prompts stand in this order too.
         texts = [one.text for one, harmful in asked if harmful is (on == "harmful")]
         said = _kept_replies(job, file, texts, f"unedited, {part}", on)
-        greedy += said.refused
+        greedy += refusals(said.outcomes)
         drawn = [said] if not settings.samples else []
         for number in range(1, settings.samples + 1):
             # The temperature is part of the name: replies at another one are others.
@@ -351,7 +348,7 @@ def _material(job: Job, part: str) -> Material:
             batch_size=job.config.extraction.batch_size,
             progress=advance,
         )
-    refused = [rate > 0.5 for rate in rates] or greedy
+    refused = [rate > 0.5 for rate in rates] or [one is True for one in greedy]
     groups = tuple(
         Group.of(harmful=h, refused=own) for (_, h), own in zip(asked, refused, strict=True)
     )
@@ -575,14 +572,16 @@ def _without_template(job: Job, material: dict[str, Material]) -> list[TemplateR
         name = "without the template's end"
         with job.listener.stage(f"{name}, {on}", len(texts)) as advance:
             cut = job.fast.encode(texts).without_post()
-            after = _replies(job, texts, name, on, asked=cut, progress=advance).refused
+            said = _replies(job, texts, name, on, asked=cut, progress=advance)
+        after = refusals(said.outcomes)
+        change, p = verdict_change(before, after)
         rows.append(
             TemplateRow(
                 on="harmful" if harmful else "harmless",
-                with_post=proportion(sum(before), len(before)),
-                without_post=proportion(sum(after), len(after)),
-                change=paired_share_change(before, after),
-                p=mcnemar_p(before, after),
+                with_post=verdict_share(before),
+                without_post=verdict_share(after),
+                change=change,
+                p=p,
             )
         )
     return rows
@@ -786,7 +785,7 @@ def _jailbreaks(job: Job, material: dict[str, Material], beliefs: _Beliefs) -> l
     with job.listener.stage("jailbreak wrappers", 4 * len(usable) * len(texts)) as advance:
         for one in usable:
             shifts: dict[str, list[Tensor]] = {"harm": [], "refusal": []}
-            refused: list[list[bool]] = []
+            refused: list[Estimate] = []
             for control in (False, True):
                 asked = [one.wrap(text, control=control).text for text in texts]
                 read = collect(
@@ -801,7 +800,7 @@ def _jailbreaks(job: Job, material: dict[str, Material], beliefs: _Beliefs) -> l
                 shifts["refusal"].append(beliefs.refusal_of(read))
                 # The judge reads the request: what stands around it asks for nothing harmful.
                 said = _replies(job, texts, one.name, "harmful", asked=asked, progress=advance)
-                refused.append(said.refused)
+                refused.append(verdict_share(refusals(said.outcomes)))
             moved = {
                 what: mean(((a - b) / spread[what]).tolist()) for what, (a, b) in shifts.items()
             }
@@ -812,8 +811,8 @@ def _jailbreaks(job: Job, material: dict[str, Material], beliefs: _Beliefs) -> l
                     request_final=one.template.rstrip().endswith(SLOT),
                     harm_shift=moved["harm"],
                     refusal_shift=moved["refusal"],
-                    refused=proportion(sum(refused[0]), len(texts)),
-                    refused_control=proportion(sum(refused[1]), len(texts)),
+                    refused=refused[0],
+                    refused_control=refused[1],
                 )
             )
     return rows

@@ -11,6 +11,7 @@ reader takes for a result and later writers clear away.
 
 import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -31,6 +32,8 @@ from demur.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _KIND = re.compile(r"[a-z][a-z0-9_-]*")
 _HASH = re.compile(r"[0-9a-f]{32}")
@@ -324,7 +327,12 @@ def held(lock: Path, work: str, *, wait: float = 0.0) -> Iterator[None]:
                     ) from error
                 time.sleep(0.1)
             except NotImplementedError:
-                break  # The file system knows no locks.
+                log.warning(
+                    "%s lies on a file system without locks: nothing keeps another %s out of it",
+                    lock.parent,
+                    work,
+                )
+                break
     try:
         yield
     finally:

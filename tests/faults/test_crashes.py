@@ -497,6 +497,18 @@ def test_a_lock_where_nothing_can_be_made_is_an_error(tmp_path):
         pass
 
 
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    from filelock import FileLock
+
+    def acquire(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with held(tmp_path / "l", "audit"):
+        pass
+    assert "without locks: nothing keeps another audit out of it" in caplog.text
+
+
 def test_a_folder_that_filled_up_meanwhile_is_left_alone(tmp_path):
     out = tmp_path / "out"
 

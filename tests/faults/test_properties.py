@@ -10,12 +10,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydantic import ValidationError
 from tests.tiny import tiny_model, tiny_tokenizer
 
 from demur import prompts
 from demur.activations import PointMoments, collect
+from demur.config import SeparationSettings
 from demur.directions import Direction
 from demur.edits import as_delta, edited
+from demur.em.recipes import AdapterShape, EMTraining
 from demur.errors import DegenerateVectorError, TooFewPromptsError
 from demur.estimators import WhitenedDifference, estimators
 from demur.evals.rates import verdict_change, verdict_share
@@ -26,9 +29,11 @@ from demur.hydra.stages import adjusted
 from demur.interventions import Ablate, Add, ObliqueErase, ProjectToMean, applied
 from demur.models import Model, Template
 from demur.models.tokens import TokenBatch
+from demur.organisms import Training
 from demur.prompts import Prompt, PromptSet
 from demur.results import Leg, NullBand
 from demur.selection import kl_divergence, refusal_logodds
+from demur.serve.settings import ServeSettings
 from demur.sites import Site, Span
 from demur.stats import (
     Estimate,
@@ -466,3 +471,23 @@ def test_a_site_is_the_tensor_that_transformers_calls_so(name):
                 torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
     moved = collect(model, asked, sites=[Site(0, "resid_post")], positions=[-1])
     assert torch.equal(moved.values[0, 0], found.at(sites[1], -1))
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        (ServeSettings, "timeout"),
+        (Training, "learning_rate"),
+        (Training, "opening_weight"),
+        (EMTraining, "clip"),
+        (AdapterShape, "alpha"),
+        (SeparationSettings, "temperature"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_setting_is_a_number(section, name, value):
+    with pytest.raises(ValidationError, match="finite number"):
+        section(**{name: value})

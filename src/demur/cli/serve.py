@@ -55,7 +55,9 @@ def serve(
         int, typer.Option(min=1, help="Most replies that wait; beyond that clients get 429.")
     ] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds a request may take.")] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, max=86400.0, help="Seconds a request may take.")
+    ] = 300.0,
     refuse: Annotated[
         bool,
         typer.Option("--refuse", help="Refuse what the guard flags, rather than report its score."),
@@ -104,6 +106,8 @@ def serve(
             from demur.serve.settings import ServeSettings
 
             advance(1)
+        if runs is not None and not runs.is_dir():
+            raise ConfigError(f"there is no folder {runs}", "check the path, or leave `--runs` out")
         limits = settings_for(
             host,
             ServeSettings(

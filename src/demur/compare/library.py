@@ -103,7 +103,7 @@ class LibraryContrast:
 
 
 class _Derived(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     of: str
     side: Side = "negative"
@@ -111,7 +111,7 @@ class _Derived(BaseModel):
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ContrastKind = "form"
     about: str = ""

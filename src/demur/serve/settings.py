@@ -47,7 +47,7 @@ class ServeSettings(BaseModel):
         runs: A folder of audits to show.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str | None = None
     batch: int = Field(default=16, ge=1)

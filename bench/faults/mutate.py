@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         "an unparsed verdict is no refusal",
         "evals/rates.py",
-        "None if outcome is Outcome.UNPARSED else outcome is Outcome.REFUSED",
-        "outcome is Outcome.REFUSED",
+        "None if outcome is Outcome.UNPARSED else outcome in wanted",
+        "outcome in wanted",
         (_SILENT + "test_a_causal_leg_counts_replies_without_a_verdict_either_way",),
     ),
     Mutant(

@@ -188,11 +188,9 @@ def _auroc(pair: tuple[np.ndarray, np.ndarray]) -> Estimate:
     return auroc(np.concatenate([above, below]), [1] * len(above) + [0] * len(below))
 
 
-def _area(above: np.ndarray, below: np.ndarray) -> float:
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.concatenate([above, below]))[: len(above)].sum()
-    return float((ranks - len(above) * (len(above) + 1) / 2) / (len(above) * len(below)))
+def _wins(above: np.ndarray, below: np.ndarray) -> Float[np.ndarray, "above below"]:
+    """By pair, 1 where the first is higher, one half where both are equal."""
+    return (np.sign(above[:, None] - below[None, :]) + 1) / 2
 
 
 def _average(
@@ -203,13 +201,16 @@ def _average(
         return _auroc(pairs[0]) if pairs else None
     if len(usable) == 1:
         return _auroc(usable[0])
-    sides = [side for pair in usable for side in pair]
+    sizes = [len(side) for pair in usable for side in pair]
+    wins = [_wins(*pair) for pair in usable]
 
     def areas(*index: np.ndarray) -> float:
-        own = [side[rows] for side, rows in zip(sides, index, strict=True)]
-        return float(np.mean([_area(own[i], own[i + 1]) for i in range(0, len(own), 2)]))
+        # How often each prompt was drawn: all pairs are compared once, not in every draw.
+        times = [np.bincount(rows, minlength=n) for rows, n in zip(index, sizes, strict=True)]
+        found = [times[2 * i] @ own @ times[2 * i + 1] / own.size for i, own in enumerate(wins)]
+        return float(np.mean(found))
 
-    return bootstrap_groups(areas, [len(side) for side in sides], seed=seed, draws=draws)
+    return bootstrap_groups(areas, sizes, seed=seed, draws=draws)
 
 
 # Directions -----------------------------------------------------------------------------------

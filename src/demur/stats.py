@@ -5,7 +5,7 @@ without one of the classes.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
 
@@ -21,6 +21,7 @@ Indices = Int[np.ndarray, " n"]
 # Below so many, no resample reaches as far as an interval must: with three, the outermost ones are
 # three times the same, which happens once in 27.
 FEW = 6
+_DISAGREEMENTS = 10  # Of two raters: below, a bootstrap of their kappa is too narrow.
 # A mean's interval is off by more than 2 points beyond: Cochran's n > 25 G1^2, as |G1| / sqrt(n).
 _SKEWED = 0.2
 # A statistic may be undefined on an unlucky resample (one class only). Up to this share of draws
@@ -516,8 +517,8 @@ def cohen_kappa(
 ) -> Estimate:
     """Agreement of two raters beyond chance, with a percentile bootstrap interval.
 
-    Where they agree on every item each resample says 1, whatever `n`. There the lower end is the
-    one that Wilson's lower bound on the share of agreement gives, chance agreement held.
+    Where they agree on every item each resample says 1, whatever `n`: there the interval is that of
+    `kappa_of_share`, and with few disagreements it holds that one too (`kappa_bounds`).
 
     Args:
         a: One label per item.
@@ -553,11 +554,45 @@ def cohen_kappa(
         result: Any = cohens_kappa(table, return_results=False)
         return float(result)
 
-    estimate = _resampled(kappa, (len(a),), draws, seed, level)
-    if any(x != y for x, y in zip(a, b, strict=True)):
-        return estimate
-    shares = np.bincount([code[x] for x in a]) / len(a)
-    by_chance = float((shares**2).sum())
-    agreement = proportion(len(a), len(a), level=level)
-    low = 1 - (1 - agreement.low) / (1 - by_chance)
-    return Estimate(1.0, low, 1.0, len(a), f"{agreement.method} of agreement, chance held")
+    counts = np.bincount(cells, minlength=len(code) ** 2).reshape(len(code), len(code))
+    if counts.trace() == len(a):
+        return kappa_of_share(counts, level=level)
+    return kappa_bounds(_resampled(kappa, (len(a),), draws, seed, level), counts, level=level)
+
+
+def kappa_of_share(
+    counts: Float[np.ndarray, "k k"] | Int[np.ndarray, "k k"], *, level: float = 0.95
+) -> Estimate:
+    """Cohen's kappa with the interval of the share of agreement, Wilson's, chance held.
+
+    Args:
+        counts: Items by the label of the one and of the other rater.
+        level: Coverage of the interval.
+    """
+    n = int(counts.sum())
+    agreed = proportion(int(counts.trace()), n, level=level)
+    chance = float(counts.sum(0) @ counts.sum(1)) / n**2
+    value, low, high = (
+        1 - (1 - share) / (1 - chance) for share in (agreed.value, agreed.low, agreed.high)
+    )
+    return Estimate(value, low, high, n, f"{agreed.method} of agreement, chance held")
+
+
+def kappa_bounds(
+    resampled: Estimate,
+    counts: Float[np.ndarray, "k k"] | Int[np.ndarray, "k k"],
+    *,
+    level: float = 0.95,
+) -> Estimate:
+    """A bootstrap's kappa, made to hold `kappa_of_share` where there are few disagreements.
+
+    Their resamples lie too close together: where four of forty are expected, intervals held the
+    truth in 91 % of 2,000 samples, and in 96 % made so (`python -m bench.faults.coverage`).
+    """
+    if counts.sum() - counts.trace() >= _DISAGREEMENTS:
+        return resampled
+    share = kappa_of_share(counts, level=level)
+    low, high = min(resampled.low, share.low), max(resampled.high, share.high)
+    return replace(
+        resampled, low=low, high=high, method=f"{resampled.method}, at least {share.method}"
+    )

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from demur.errors import ConfigError, TooFewPromptsError, UnknownNameError
 from demur.evals.endpoint import ChatEndpoint
 from demur.registry import Registry
-from demur.stats import Estimate, bootstrap_tails, cohen_kappa
+from demur.stats import Estimate, bootstrap_tails, kappa_bounds, kappa_of_share
 
 
 class Outcome(StrEnum):
@@ -1005,10 +1005,10 @@ def _kappa(
             f"people and judge say `{names[0]}` of all {len(person)} exchanges",
             "kappa needs two labels or more: add exchanges with another outcome",
         )
-    if person == judge:  # Every resample says 1.
-        return cohen_kappa(person, judge, seed=seed, draws=resamples, level=level)
     counts = Counter(zip(person, judge, strict=True))
     cells = np.array([[counts[a, b] for b in names] for a in names], dtype=np.float64)
+    if person == judge:  # Every resample says 1.
+        return kappa_of_share(cells, level=level)
     # Drawing exchanges with replacement is drawing cells of the table: the same bootstrap, one
     # multinomial draw per resample in place of 2,000 runs through sklearn.
     rng = np.random.default_rng(seed)
@@ -1017,7 +1017,8 @@ def _kappa(
     low, high = np.nanquantile(kappas, bootstrap_tails(len(person), level=level))
     value = cast("float", cohen_kappa_score(person, judge, labels=names))
     method = f"Cohen's kappa, bootstrap over exchanges {level:.0%}, {resamples} resamples"
-    return Estimate(float(value), float(low), float(high), len(person), method)
+    found = Estimate(float(value), float(low), float(high), len(person), method)
+    return kappa_bounds(found, cells, level=level)
 
 
 def agreement(

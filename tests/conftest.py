@@ -58,7 +58,8 @@ def _checked(fn=None, *, typechecker):
     if fn is None:
         return lambda own: _checked(own, typechecker=typechecker)
     if inspect.isfunction(fn) and not _needs_shapes(fn):
-        return _typed(fn)
+        # One inside another function would be decorated anew in each of its calls.
+        return fn if "<locals>" in fn.__qualname__ else _typed(fn)
     return _jaxtyped(fn, typechecker=typechecker)
 
 

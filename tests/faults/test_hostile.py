@@ -444,11 +444,29 @@ def test_idle_connections_and_bodies_that_do_not_end_keep_nobody_out(patient):
             sock.close()
 
 
+def test_a_rush_of_connections_drops_none_whose_request_is_there(patient):
+    state = patient.app.state.server.server_state
+    with socket.create_connection(("127.0.0.1", patient.port)) as first:
+        own = first.getsockname()
+        until(lambda: any(one.client == own for one in state.connections))
+        loop = next(one.loop for one in state.connections if one.client == own)
+    loop.call_soon_threadsafe(time.sleep, 0.5)  # All of these wait for the server together.
+    with socket.create_connection(("127.0.0.1", patient.port)) as asker:
+        asker.sendall(head("GET", "/health"))
+        rush = [socket.create_connection(("127.0.0.1", patient.port)) for _ in range(60)]
+        asker.settimeout(10)
+        assert asker.recv(64).startswith(b"HTTP/1.1 200")
+    for sock in rush:
+        sock.close()
+    assert honest(patient.port)
+
+
 def test_a_reply_that_nobody_reads_is_given_up(patient):
     body = {
         "model": "tiny-llama",
         "messages": [{"role": "user", "content": "a"}],
         "stream": True,
+        "n": 4,  # One may end too soon to fill what is kept of it.
         "max_tokens": 64,
         "logprobs": True,
         "top_logprobs": 20,

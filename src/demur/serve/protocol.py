@@ -27,11 +27,13 @@ class Patient(H11Protocol):
         read_seconds: For which a client may leave a reply unread.
         most: Connections at a time; beyond that the one that has sent no whole request for the
             longest time makes room.
+        grace: Seconds until it does, in which requests that have arrived are read.
     """
 
     head_seconds = 15.0
     read_seconds = 30.0
     most = 1024
+    grace = 0.02
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See asyncio."""
@@ -40,14 +42,17 @@ class Patient(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
         self._since = self.loop.time()
         if len(self.connections) > self.most:
-            # Those that were told to go are counted until the loop's next turn.
-            own = [x for x in self.connections if isinstance(x, Patient)]
-            staying = [x for x in own if not x.transport.is_closing()]
-            if len(staying) > self.most:
-                # It is idle itself, so that there is one; where all others are busy it goes.
-                idle = [x for x in staying if x._waits]
-                min(idle, key=lambda x: x._since).transport.abort()
+            # In a rush the oldest may be one whose request is there and not read yet.
+            self.loop.call_later(self.grace, self._make_room)
         self._watch()
+
+    def _make_room(self) -> None:
+        # Those that were told to go are counted until the loop's next turn.
+        own = [x for x in self.connections if isinstance(x, Patient)]
+        staying = [x for x in own if not x.transport.is_closing()]
+        if len(staying) > self.most:
+            idle = [x for x in staying if x._waits]
+            min(idle or [self], key=lambda x: x._since).transport.abort()
 
     @property
     def _waits(self) -> bool:

@@ -395,6 +395,7 @@ def _become(args: list[str], log: Path, prepare: Callable[[], None] | None) -> N
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background ignores it.
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

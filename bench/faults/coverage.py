@@ -755,9 +755,7 @@ def _recentred() -> Iterator[tuple[str, Draw]]:
             rng: Rng, n: int = n, d: int = d, size: float = size, truth: Any = truth
         ) -> bool | None:
             a, b, _ = _two(rng, n, d, 0.6, size)
-            return holds(
-                _Study(a, b, _Options({}, {}, None, 600, 2, 0, None)).interval(), truth()
-            )
+            return holds(_Study(a, b, _Options({}, {}, None, 600, 2, 0, None)).interval(), truth())
 
         yield f"{n} prompts a class, width {d}", draw
 

@@ -444,7 +444,7 @@ def test_idle_connections_and_bodies_that_do_not_end_keep_nobody_out(patient):
             sock.close()
 
 
-def test_a_rush_of_connections_drops_none_whose_request_is_there(patient):
+def test_a_rush_of_connections_drops_none_that_asks(patient):
     state = patient.app.state.server.server_state
     with socket.create_connection(("127.0.0.1", patient.port)) as first:
         own = first.getsockname()
@@ -456,6 +456,15 @@ def test_a_rush_of_connections_drops_none_whose_request_is_there(patient):
         rush = [socket.create_connection(("127.0.0.1", patient.port)) for _ in range(60)]
         asker.settimeout(10)
         assert asker.recv(64).startswith(b"HTTP/1.1 200")
+    for sock in rush:
+        sock.close()
+    with socket.create_connection(("127.0.0.1", patient.port)) as asker:
+        rush = [socket.create_connection(("127.0.0.1", patient.port)) for _ in range(18)]
+        time.sleep(0.1)
+        asker.sendall(head("GET", "/health"))
+        asker.settimeout(10)
+        assert asker.recv(64).startswith(b"HTTP/1.1 200")
+        until(lambda: len(state.connections) <= 16)
     for sock in rush:
         sock.close()
     assert honest(patient.port)

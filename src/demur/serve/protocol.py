@@ -15,6 +15,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError.needed(extra="serve", module="uvicorn") from error
 
 
+_TURNS = 0.02  # Seconds in which the loop reads what has arrived.
+
+
 class Patient(H11Protocol):
     """HTTP that waits for so long and no longer; Uvicorn alone waits for ever for a header's end.
 
@@ -27,13 +30,14 @@ class Patient(H11Protocol):
         read_seconds: For which a client may leave a reply unread.
         most: Connections at a time; beyond that the one that has sent no whole request for the
             longest time makes room.
-        grace: Seconds until it does, in which requests that have arrived are read.
+        grace: Seconds until it does, in which one that came in a rush can send its request. Beyond
+            twice as many only what has arrived already is read first.
     """
 
     head_seconds = 15.0
     read_seconds = 30.0
     most = 1024
-    grace = 0.02
+    grace = 1.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See asyncio."""
@@ -41,16 +45,17 @@ class Patient(H11Protocol):
         self._head: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._since = self.loop.time()
+        if len(self.connections) > 2 * self.most:
+            self.loop.call_later(_TURNS, self._make_room, 2 * self.most)
         if len(self.connections) > self.most:
-            # In a rush the oldest may be one whose request is there and not read yet.
-            self.loop.call_later(self.grace, self._make_room)
+            self.loop.call_later(self.grace, self._make_room, self.most)
         self._watch()
 
-    def _make_room(self) -> None:
+    def _make_room(self, most: int) -> None:
         # Those that were told to go are counted until the loop's next turn.
         own = [x for x in self.connections if isinstance(x, Patient)]
         staying = [x for x in own if not x.transport.is_closing()]
-        if len(staying) > self.most:
+        if len(staying) > most:
             idle = [x for x in staying if x._waits]
             min(idle or [self], key=lambda x: x._since).transport.abort()
 

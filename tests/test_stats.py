@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.stats import norm
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from statsmodels.stats.multitest import multipletests
 
 from demur import stats
 from demur.errors import ConfigError, NonFiniteError, TooFewPromptsError
@@ -105,6 +106,13 @@ def test_holm_by_hand():
     # Sorted .01 .02 .03 .04 times 4 3 2 1: .04 .06 .06 .04, then made monotone: .04 .06 .06 .06.
     assert_allclose(stats.holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
     assert stats.holm([]) == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_holm_is_that_of_statsmodels(n):
+    rng = np.random.default_rng(n)
+    for ps in (rng.random(n), rng.random(n) ** 4, np.round(rng.random(n), 1)):
+        assert_allclose(stats.holm(list(ps)), multipletests(ps, method="holm")[1], rtol=1e-12)
 
 
 def test_auroc_counts_pairs_and_solves_newcombes_equation():

@@ -176,8 +176,8 @@ MUTANTS = (
     Mutant(
         "p values are corrected too little",
         "stats.py",
-        'multipletests(ps, method="holm")',
-        'multipletests(ps, method="fdr_bh")',
+        "[order] * np.arange(len(ps), 0, -1)",
+        "[order] * (len(ps) / np.arange(1, len(ps) + 1))",
         ("tests/test_stats.py::test_holm_by_hand",),
     ),
     Mutant(

@@ -86,7 +86,7 @@ test: $(DEV_STAMP) ## The tests, about 10 minutes on 2 cores
 .PHONY: test-slow
 test-slow: $(DEV_STAMP) ## The tests on the embedded model
 	@# 5 is "no test was collected".
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $$(grep -rl 'mark\.slow' tests) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $$(grep -rl 'mark\.slow' tests) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 .PHONY: bench
 bench: $(STAMP) ## Speed beside the bare forward, other libraries and the published algorithm

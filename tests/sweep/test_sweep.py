@@ -430,9 +430,11 @@ def test_a_failed_cell_is_a_row_and_the_rest_goes_on(place, tmp_path):
     assert "gone,difference-of-means,0," in (out / "results.csv").read_text()
 
 
-def heard():
-    """In the background of a shell SIGINT is ignored, and so in what is started there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# In the background of a shell SIGINT is ignored, and so in what is started there.
+HEARING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from demur.cli import main; main()"
+)
 
 
 @pytest.mark.slow
@@ -444,7 +446,8 @@ def test_after_an_interruption_the_same_command_goes_on(place, tmp_path):
     toml.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "demur.cli", "sweep", str(toml), "--out", str(out)]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    hearing = [sys.executable, "-c", HEARING, *command[3:]]
+    first = subprocess.Popen(hearing, stderr=subprocess.PIPE, text=True)
     shards = out / "records/shard"
     until = time.monotonic() + 300
     while len(list(shards.glob("[0-9a-f]*"))) < 2 and time.monotonic() < until:

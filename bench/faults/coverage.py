@@ -1526,6 +1526,8 @@ def main() -> None:
         if asked.out is not None:
             whole = [asdict(row) | {"verdict": row.verdict} for row in rows]
             asked.out.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    if not rows:
+        parser.error(f"no setting has {asked.only} in its name")
     bad = [row for row in rows if row.verdict in ("NO", "no figure")]
     told = sum(row.verdict == "approximate" for row in rows)
     print(

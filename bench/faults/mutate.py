@@ -285,6 +285,8 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="run the tests without mutations too")
     chosen = parser.parse_args()
     mutants = [m for m in MUTANTS if not chosen.only or any(o in m.name for o in chosen.only)]
+    if not mutants:
+        parser.error(f"no mutant has {' or '.join(chosen.only)} in its name")
     survived: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as held:
         place = copied(Path(held))

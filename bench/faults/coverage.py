@@ -1403,7 +1403,7 @@ def _whole_replies() -> Iterator[tuple[str, Draw]]:
     Replies have 0 to 64 tokens; scores along them are correlated, with heavy tails.
     """
     from demur.guard import calibrate_strata
-    from demur.pipeline.anchor import _admit, _Chosen
+    from demur.pipeline.anchor import _admit, _Chosen, _with_reads
 
     kinds = {"plain": 0.0, "lookalikes": 0.7}
 
@@ -1427,12 +1427,8 @@ def _whole_replies() -> Iterator[tuple[str, Draw]]:
         rarities, uses, _ = _admit(chosen, 0.05)
 
         def scores(size: int, shift: float) -> np.ndarray:
-            own, *reads = lives(rng, size, shift, False)
-            for name, values in zip(("reply", "header"), reads, strict=True):
-                if name in uses:
-                    rare = rarities[name](np.nan_to_num(values, neginf=0.0))
-                    own = np.maximum(own, np.where(np.isfinite(values), rare, -np.inf))
-            return own
+            prompt, reply, header = lives(rng, size, shift, False)
+            return _with_reads(prompt, {"reply": reply, "header": header}, rarities, uses)
 
         limit, _ = calibrate_strata({name: scores(n, kinds[name]) for name in kinds}, 0.05)
         return float((scores(400, kinds["lookalikes"]) > limit.value).mean())

@@ -265,8 +265,8 @@ def wilcoxon_p(before: Values, after: Values) -> float:
 def holm(ps: Sequence[float]) -> list[float]:
     """Adjust p values by Holm's step-down method, in the order given.
 
-    The same as `statsmodels.stats.multitest.multipletests`, which collects garbage in each call:
-    a tenth of a second and more where a model is loaded.
+    The same as `statsmodels.stats.multitest.multipletests`, which collects garbage in each call,
+    and so takes the longer the more is loaded.
 
     Raises:
         ConfigError: A p is not within 0 and 1.
@@ -552,14 +552,17 @@ def cohen_kappa(
         )
     cells = np.array([code[x] * len(code) + code[y] for x, y in zip(a, b, strict=True)])
 
+    def counted(items: Int[np.ndarray, " item"]) -> Int[np.ndarray, "k k"]:
+        return np.bincount(items, minlength=len(code) ** 2).reshape(len(code), len(code))
+
     def kappa(items: Indices) -> float:
-        table = np.bincount(cells[items], minlength=len(code) ** 2).reshape(len(code), len(code))
+        table = counted(cells[items])
         if table.max() == table.sum() and table.trace():  # One label: 0 / 0.
             return float("nan")
         result: Any = cohens_kappa(table, return_results=False)
         return float(result)
 
-    counts = np.bincount(cells, minlength=len(code) ** 2).reshape(len(code), len(code))
+    counts = counted(cells)
     if counts.trace() == len(a):
         return kappa_of_share(counts, level=level)
     return kappa_bounds(_resampled(kappa, (len(a),), draws, seed, level), counts, level=level)

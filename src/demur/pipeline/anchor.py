@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -421,6 +421,23 @@ class _Chosen:
     harmful: Bool[np.ndarray, " row"]
 
 
+def _with_reads(
+    prompt: Float[np.ndarray, " row"],
+    reads: Mapping[ReplyReadName, Float[np.ndarray, " row"]],
+    rarities: Mapping[ReplyReadName, Rarity],
+    uses: Collection[ReplyReadName],
+) -> Float[np.ndarray, " row"]:
+    """The highest score of the request and of those reads of the reply that are used."""
+    scores = prompt
+    for name in uses:
+        values = reads[name]
+        own = np.where(
+            np.isfinite(values), rarities[name](np.nan_to_num(values, neginf=0.0)), -np.inf
+        )
+        scores = np.maximum(scores, own)
+    return scores
+
+
 def _admit(
     have: _Chosen, alpha: float
 ) -> tuple[dict[ReplyReadName, Rarity], set[ReplyReadName], list[dict[str, Any]]]:
@@ -435,13 +452,7 @@ def _admit(
         rarities[name] = Rarity.fit(values[benign & np.isfinite(values)])
 
     def found(uses: set[ReplyReadName]) -> Bool[np.ndarray, " harmful"]:
-        scores = have.prompt.copy()
-        for name in uses:
-            values = have.reads[name]
-            own = np.where(
-                np.isfinite(values), rarities[name](np.nan_to_num(values, neginf=0.0)), -np.inf
-            )
-            scores = np.maximum(scores, own)
+        scores = _with_reads(have.prompt, have.reads, rarities, uses)
         families = sorted({f for f, b in zip(have.family, benign, strict=True) if b})
         strata = {
             name: scores[benign & np.array([f == name for f in have.family])] for name in families

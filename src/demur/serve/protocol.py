@@ -14,7 +14,6 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError.needed(extra="serve", module="uvicorn") from error
 
-
 _TURNS = 0.02  # Seconds in which the loop reads what has arrived.
 
 
@@ -117,7 +116,8 @@ def patient(settings: ServeSettings) -> type[Patient]:
 
     Accepted sockets wait for some turns of the loop before they are counted, and closed ones before
     they are gone, 128 at a time (Uvicorn's backlog, see `serve`): three in four files stay free for
-    them. The soft limit of open files, often 1,024, is raised where the hard one allows.
+    them, and for a rush. The soft limit of open files, often 1,024, is raised where the hard one
+    allows.
     """
     most = 2 * settings.requests
     try:

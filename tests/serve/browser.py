@@ -75,7 +75,7 @@ def opened(browser, address, view="chat", *, size=WIDE, dark=False, ready=True, 
     """
     scheme = "dark" if dark else "light"
     context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
-    context.set_default_timeout(8000)
+    context.set_default_timeout(60_000)
     try:
         page = context.new_page()
         seen = Seen(page)

@@ -124,6 +124,18 @@ def slowed(engine, seconds):
     return engine
 
 
+def held_up(engine):
+    """It writes no token until the event is set."""
+    own, go = engine._step, threading.Event()
+
+    def step():
+        assert go.wait(60)
+        own()
+
+    engine._step = step
+    return go
+
+
 @contextmanager
 def served(app):
     """An application over HTTP on loopback; yields its address."""
@@ -145,7 +157,7 @@ def served(app):
             thread.join()
 
 
-def until(true, seconds=10):
+def until(true, seconds=60):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

@@ -21,7 +21,7 @@ from tests.serve.parts import (
 from tests.tiny import tiny_model
 
 from demur.directions import Direction
-from demur.errors import NonFiniteError
+from demur.errors import ConfigError, NonFiniteError
 from demur.guard import Fisher, Guard, Read
 from demur.interventions import Ablate, Add, applied
 from demur.serve import Edit, Engine, Job, ServeSettings
@@ -152,7 +152,7 @@ def test_requests_may_come_at_any_token(engines):
         engine.submit([job_of(model, prompt, 16)], hear)
         time.sleep(0.003 * (i % 4))
     for _ in PROMPTS:
-        assert done.acquire(timeout=20)
+        assert done.acquire(timeout=60)
     assert [found[i].ids for i in range(16)] == [one.ids for one in plain]
 
 
@@ -231,7 +231,7 @@ def test_a_stop_string_ends_a_reply_in_front_of_it_and_nothing_of_it_is_sent(eng
             over.set()
 
     engine.submit([job_of(model, PROMPTS[2], 30, stops=("zzz", stop), words=True)], hear)
-    assert over.wait(10)
+    assert over.wait(60)
     expected = whole[: whole.index(stop)]
     assert "".join(event.text for event in told) == told[-1].reply.text == expected
     assert told[-1].reply.finish == "stop"
@@ -274,7 +274,7 @@ def test_an_edit_that_raises_ends_its_request_alone(engines, monkeypatch):
     ]
     engine.submit(jobs, hear)
     for _ in jobs:
-        assert over.acquire(timeout=10)
+        assert over.acquire(timeout=60)
     assert [ended[i].kind for i in range(4)] == ["failed", "done", "failed", "done"]
     assert ended[0].error.status == 500
     assert [ended[i].reply.ids for i in (1, 3)] == [plain[i].ids for i in (1, 3)]
@@ -354,13 +354,13 @@ def test_too_many_are_turned_away_and_told_when_to_come_back(engines):
     for job in jobs[:3]:
         engine.submit([job], lambda event: done.release() if event.kind == "done" else None)
     for _ in range(3):
-        assert done.acquire(timeout=20)
+        assert done.acquire(timeout=60)
     assert 1 <= engine._seconds_until(3) <= engine._seconds_until(300)
 
 
 def test_a_client_that_leaves_makes_room(engines):
     model = tiny_model()
-    engine = slowed(engines(model, batch=1), 0.005)
+    engine = slowed(engines(model, batch=1), 0.05)
     told, begun = [], threading.Event()
 
     def hear(event):
@@ -368,21 +368,21 @@ def test_a_client_that_leaves_makes_room(engines):
         begun.set()
 
     ticket = engine.submit([job_of(model, "a tree", 400)], hear)
-    assert begun.wait(10)
+    assert begun.wait(60)
     ticket.cancel()
     began = time.monotonic()
     engine.replies([job_of(model, "here", 3)])
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10  # Of 20 s that the other takes.
     assert not any(event.kind in ("done", "failed") for event in told)
 
 
 def test_a_reply_that_takes_too_long_fails(engines):
     model = tiny_model()
-    engine = slowed(engines(model, timeout=0.2), 0.02)
+    engine = slowed(engines(model, timeout=0.2), 0.05)
     began = time.monotonic()
     with refused(504):
         engine.replies([job_of(model, "a tree", 400)])
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_closing_finishes_what_was_accepted_and_takes_no_more(engines):
@@ -404,12 +404,12 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(engines):
 
 def test_closing_has_a_limit(engines):
     model = tiny_model()
-    engine = slowed(engines(model), 0.02)
+    engine = slowed(engines(model), 0.05)
     told = []
     engine.submit([job_of(model, "a tree", 400)], told.append)
     began = time.monotonic()
     engine.close(0.1)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert told[-1].error.status == 503
 
 
@@ -430,6 +430,45 @@ def test_other_work_runs_between_tokens_without_any_edit(engines):
         engine.call(lambda _: 1 / 0).result(10)
     engine.close(20)
     assert [found[i][-1].reply.ids for i in range(3)] == [one.ids for one in edited]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 10])
+def test_nothing_is_in_force_when_the_last_reply_is_told(engines, tokens):
+    model = tiny_model()
+    engine = engines(model)
+    told, left = threading.Event(), []
+
+    def hear(event):
+        if event.kind == "done":
+            left.append(len(model._hooks))
+            if len(left) == 2:
+                told.set()
+
+    edit = Edit("w", direction_of(model), "ablate")
+    engine.submit([job_of(model, one, tokens, edits=(edit,)) for one in PROMPTS[:2]], hear)
+    assert told.wait(60)
+    assert left == [0, 0]
+
+
+def test_another_thread_cannot_run_the_model_while_edits_are_in_force(engines):
+    model = tiny_model()
+    engine = slowed(engines(model), 0.05)
+    begun, done = threading.Event(), threading.Event()
+    found = []
+
+    def hear(event):
+        if event.kind == "done":
+            found.append(event.reply.ids)
+        (begun if event.kind == "begun" else done).set()
+
+    job = job_of(model, "a tree", 20, edits=(Edit("w", direction_of(model), "add", 2.0),))
+    engine.submit([job], hear)
+    assert begun.wait(60)
+    with pytest.raises(ConfigError, match="two threads"):
+        model.generate(["a tree"], max_new_tokens=2)
+    assert done.wait(60)
+    model.generate(["a tree"], max_new_tokens=2)
+    assert [one.ids for one in engine.replies([job])] == found
 
 
 def test_an_edit_acts_as_the_same_intervention_does(engines):

@@ -5,7 +5,16 @@ from functools import partial
 
 import httpx
 import pytest
-from tests.serve.parts import anchor_of, app_of, direction_of, guard_of, served, slowed, until
+from tests.serve.parts import (
+    anchor_of,
+    app_of,
+    direction_of,
+    guard_of,
+    held_up,
+    served,
+    slowed,
+    until,
+)
 from tests.tiny import tiny_model
 
 from demur.serve.app import PLAYGROUND
@@ -342,10 +351,10 @@ def test_a_server_that_is_gone_says_what_to_do(browser, folder):
 def test_a_busy_server_is_asked_again(browser):
     model = tiny_model()
     app = app_of(model, batch=1, queue=3)
-    slowed(app.state.engine, 0.01)
+    go = held_up(app.state.engine)
     body = {
         "model": "tiny-llama",
-        "max_tokens": 60,
+        "max_tokens": 8,
         "n": 4,
         "messages": [{"role": "user", "content": QUIET}],
     }
@@ -362,6 +371,7 @@ def test_a_busy_server_is_asked_again(browser):
         page.get_by_label("Message", exact=True).fill(QUIET)
         page.get_by_role("button", name="Send").click()
         page.get_by_text("server busy; asking again in").first.wait_for()
+        go.set()
         turn = page.locator(".turn").last
         until_done(turn)
         crowd.join()

@@ -344,6 +344,7 @@ class Engine:
         self._numbers = 0
         self._since = _ADMIT_EVERY
         self._ends: deque[float] = deque(maxlen=64)
+        self._last: list[tuple[_Row, Event]] = []  # Last events of rows, to be told.
         self._state: Literal["new", "open", "draining", "stopping", "closed"] = "new"
         self._thread = threading.Thread(target=self._run, name="demur-engine", daemon=True)
         template = model.template
@@ -508,6 +509,7 @@ class Engine:
         finally:
             self._sites.clear()
             self._fail_all(closing("the server is stopping", "try again in a moment"))
+            self._let_go()
 
     def _turn(self) -> bool:
         """Do one thing; False once there is nothing more to do."""
@@ -527,7 +529,21 @@ class Engine:
             log.error("the engine failed: %s", type(error).__name__)
             self._fail_all(_broken(error))
             self._sites.forget()
+        self._let_go()
         return True
+
+    def _let_go(self) -> None:
+        """Tell of rows that are over, once nothing of theirs is in force any more.
+
+        Whoever hears that the last reply is done may run the model himself at once.
+        """
+        if not self._last:
+            return
+        if self._batch is None or not self._batch.live:
+            self._sites.clear()
+        last, self._last = self._last, []
+        for row, event in last:
+            self._tell(row, event)
 
     def _fail_all(self, error: RequestError) -> None:
         with self._wake:
@@ -606,12 +622,11 @@ class Engine:
         self._since = 0
         for part in self._passes(rows):
             fresh = self._prefilled(part)
-            if fresh is None:
-                continue
-            if self._batch is None:
-                self._batch = fresh
-            else:
+            if fresh is not None and self._batch is not None:
                 self._batch.join(fresh)
+            elif fresh is not None:
+                self._batch = fresh
+            self._let_go()
 
     def _fitting(self, batch: _Batch | None, room: int) -> list[_Row]:
         """The rows next in line for which there is memory."""
@@ -946,12 +961,12 @@ class Engine:
             flagged=None if verdict is None else verdict.flagged,
             opened=None if gate.gate == "none" else gate.gate == "open",
         )
-        self._tell(row, Event(row.index, "done", verdict=verdict, gate=gate, reply=reply))
+        self._last.append((row, Event(row.index, "done", verdict=verdict, gate=gate, reply=reply)))
 
     def _fail(self, row: _Row, error: RequestError) -> None:
         if not row.over:
             row.over = True
-            self._tell(row, Event(row.index, "failed", error=error))
+            self._last.append((row, Event(row.index, "failed", error=error)))
 
     def _tell(self, row: _Row, event: Event) -> None:
         if row.cancelled:

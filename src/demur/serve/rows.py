@@ -85,6 +85,21 @@ class Sites:
         key = tuple(hold.number for hold in holds)
         if key == self._key:
             return
+        handlers = self._handlers_of(holds)
+        if handlers and self._owning is None:
+            owning = ExitStack()
+            owning.enter_context(self.model.owned())
+            self._owning = owning
+        self._handlers, self._key = handlers, key
+        for site in self._undo.keys() - handlers.keys():
+            self._undo.pop(site)()
+        for site in handlers.keys() - self._undo.keys():
+            self._undo[site] = self.model.intercept(site, partial(self._at, site=site))
+        if not handlers and self._owning is not None:
+            self._owning.close()
+            self._owning = None
+
+    def _handlers_of(self, holds: Sequence[Hold]) -> dict[Site, list[Handler]]:
         handlers: dict[Site, list[Handler]] = {}
         groups: dict[tuple[Edit, ...], list[Hold]] = {}
         for hold in holds:
@@ -104,18 +119,7 @@ class Sites:
                 for site, act in _acts(hold.holding):
                     own = partial(self._hold, hold=hold, act=act)
                     handlers.setdefault(site, []).append(own)
-        if handlers and self._owning is None:
-            owning = ExitStack()
-            owning.enter_context(self.model.owned())
-            self._owning = owning
-        self._handlers, self._key = handlers, key
-        for site in self._undo.keys() - handlers.keys():
-            self._undo.pop(site)()
-        for site in handlers.keys() - self._undo.keys():
-            self._undo[site] = self.model.intercept(site, partial(self._at, site=site))
-        if not handlers and self._owning is not None:
-            self._owning.close()
-            self._owning = None
+        return handlers
 
     def clear(self) -> None:
         """Leave the model as it was found."""

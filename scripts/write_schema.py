@@ -8,6 +8,7 @@ from demur.evals.rows import EvaluationRecord
 from demur.features.rows.record import FeaturesRecord
 from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
+from demur.sweep import SweepResults
 
 SCHEMAS = {
     "results": AuditResults,
@@ -18,6 +19,7 @@ SCHEMAS = {
     "features": FeaturesRecord,
     "hydra": HydraRun,
     "evaluation": EvaluationRecord,
+    "sweep": SweepResults,
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from demur.evals.rows import EvaluationRecord
 from demur.features.rows.record import FeaturesRecord
 from demur.hydra.record import HydraRun
 from demur.results import AnchorEvaluation, AuditResults, EmAudit, GuardEvaluation
+from demur.sweep import SweepResults
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,7 @@ def test_every_error_class_is_explained():
         ("features", FeaturesRecord),
         ("hydra", HydraRun),
         ("evaluation", EvaluationRecord),
+        ("sweep", SweepResults),
     ],
 )
 def test_the_published_schema_is_that_of_the_code(name, model):

@@ -283,10 +283,10 @@ def _sweep(root: Path) -> Command:
 
     def figures(out: Path) -> dict[str, Any]:
         from demur.store import Store
-        from demur.sweep import SweepResults
+        from demur.sweep.table import read_results
 
         own = out / "sweep"
-        results = SweepResults.model_validate_json((own / "results.json").read_text("utf-8"))
+        results = read_results(own / "results.json")
         store = Store(own / "records")
         tensors = {
             f"{ref} {name}": tensor.numpy().tobytes()

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from tests.pages import assert_inert
 from tiny import tiny_hf, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -421,13 +422,17 @@ def test_a_failed_cell_is_a_row_and_the_rest_goes_on(place, tmp_path):
     out = tmp_path / "out"
     ran = CliRunner().invoke(cli.app, ["sweep", str(toml), "--out", str(out), "--json"])
     assert ran.exit_code == 1, ran.output
-    rows = {row["model"]: row for row in json.loads(ran.stdout)["rows"]}
+    said = json.loads(ran.stdout)
+    assert said["report"] == str(out / "sweep.html")
+    rows = {row["model"]: row for row in said["rows"]}
     assert rows["one"]["error"] is None
     assert rows["one"]["site"]
     assert "missing" in rows["gone"]["error"]
     table = (out / "results.md").read_text()
     assert "| gone | difference-of-means | 0 | failed |" in table
     assert "gone,difference-of-means,0," in (out / "results.csv").read_text()
+    page = assert_inert((out / "sweep.html").read_text("utf-8"))
+    assert rows["gone"]["error"] in page.text
 
 
 # In the background of a shell SIGINT is ignored, and so in what is started there.

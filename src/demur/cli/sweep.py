@@ -45,7 +45,7 @@ def sweep(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Audit several models with several estimators and seeds; write one table.
+    """Audit several models with several estimators and seeds; write one table and a page.
 
     Activations are read in shards, so that a dead worker costs one of them, and figures do not
     depend on the number of workers. Ctrl-C keeps what is finished, and the same command goes on
@@ -74,9 +74,13 @@ def sweep(
             backend=backend,
             watch=_Watch(quiet=quiet),
         )
+    from demur.sweep.page import write_sweep
+    from demur.sweep.run import RESULTS
+
+    page = write_sweep(folder / RESULTS)
     if done.reused and not quiet:
         talk.say("this sweep is finished; delete its folder to run it again")
-    _show(done, as_json=as_json)
+    _show(done, page, as_json=as_json)
     if not quiet:
         talk.say(f"took {talk.duration(time.perf_counter() - started)}")
     if done.results.failed:
@@ -146,7 +150,7 @@ def _show_plan(plan: Plan, folder: Path, *, as_json: bool) -> None:
     talk.say(f"{done} of {len(rows)} audits are done in {folder}; estimators share their shards")
 
 
-def _show(done: Sweep, *, as_json: bool) -> None:
+def _show(done: Sweep, page: Path, *, as_json: bool) -> None:
     from demur.sweep.run import RESULTS
     from demur.sweep.table import HEADINGS, cells_of, notes_of
 
@@ -156,6 +160,7 @@ def _show(done: Sweep, *, as_json: bool) -> None:
             {
                 "folder": str(done.folder),
                 "results": str(done.folder / RESULTS),
+                "report": str(page),
                 "reused": done.reused,
                 "failed": done.results.failed,
                 **done.results.model_dump(mode="json", include={"rows", "agreement"}),
@@ -173,3 +178,4 @@ def _show(done: Sweep, *, as_json: bool) -> None:
         talk.console().print(escape(note), soft_wrap=True)
     for path in files.values():
         talk.console().print(f"wrote {escape(path)}", soft_wrap=True)
+    talk.console().print(f"report: {escape(str(page))}", soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from demur.errors import DemurError
+from demur.results import sealed_json
 from demur.store import Ref, atomic_write, forget_drafts, held
 from demur.sweep.config import SweepConfig
 from demur.sweep.plan import Cell, Group, Plan, Task
@@ -24,6 +25,7 @@ from demur.sweep.table import (
     agreement,
     as_csv,
     as_markdown,
+    cosines,
     with_cosines,
 )
 
@@ -152,15 +154,17 @@ class _Rows:
             rows.append(SweepRow.model_validate({**about, **record.summary}))
             tensors = self.plan.store.tensors(Ref.parse(self.plan.audit(cell).ref))
             units.append(tensors["unit"].numpy())
+        pairs = cosines(rows, units)
         results = SweepResults(
             demur=version("demur"),
             config=self.plan.config.model_dump(mode="json"),
-            rows=with_cosines(rows, units),
+            rows=with_cosines(rows, pairs),
             agreement=agreement(rows, units),
+            cosines=pairs,
         )
         atomic_write(out / "results.csv", as_csv(results))
         atomic_write(out / "results.md", as_markdown(results))
-        atomic_write(out / RESULTS, results.model_dump_json(indent=1) + "\n")
+        atomic_write(out / RESULTS, sealed_json(results))
         return results
 
 

@@ -7,11 +7,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from demur.results import read_record
 from demur.stats import Estimate
 
 
@@ -75,8 +77,24 @@ class Agreement(_Row):
     cosine: Estimate
 
 
+class CosineRow(_Row):
+    """Cosine of the directions of two cells of one model.
+
+    Attributes:
+        a: Place of the first among the rows, from 0; likewise `b`, behind it.
+    """
+
+    a: int
+    b: int
+    value: float
+
+
 class SweepResults(_Row):
-    """All of a sweep's `results.json`."""
+    """All of a sweep's `results.json`.
+
+    Attributes:
+        cosines: Of every pair of cells of one model that have a direction.
+    """
 
     schema_version: int = 1
     kind: Literal["sweep"] = "sweep"
@@ -84,6 +102,7 @@ class SweepResults(_Row):
     config: dict[str, Any]
     rows: list[SweepRow]
     agreement: list[Agreement]
+    cosines: list[CosineRow] = []
 
     @property
     def failed(self) -> int:
@@ -96,6 +115,15 @@ class SweepResults(_Row):
         for row in whole["rows"]:
             del row["seconds"], row["run"]
         return whole
+
+
+def read_results(path: Path) -> SweepResults:
+    """Read a sweep's `results.json`.
+
+    Raises:
+        StoreError: It is missing, cut short, changed, or of another schema version.
+    """
+    return read_record(path, SweepResults, "demur sweep")
 
 
 def agreement(rows: Sequence[SweepRow], units: Sequence[np.ndarray | None]) -> list[Agreement]:
@@ -166,19 +194,21 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(u @ v / np.linalg.norm(u) / np.linalg.norm(v), -1.0, 1.0))
 
 
-def with_cosines(rows: Sequence[SweepRow], units: Sequence[np.ndarray | None]) -> list[SweepRow]:
+def cosines(rows: Sequence[SweepRow], units: Sequence[np.ndarray | None]) -> list[CosineRow]:
+    """Of every pair of cells of one model; `units` are the directions, None where a cell failed."""
+    found = []
+    for (i, u), (j, v) in combinations(enumerate(units), 2):
+        if u is not None and v is not None and rows[i].model == rows[j].model:
+            found.append(CosineRow(a=i, b=j, value=_cosine(u, v)))
+    return found
+
+
+def with_cosines(rows: Sequence[SweepRow], pairs: Sequence[CosineRow]) -> list[SweepRow]:
     """Fill in each row's cosine with the others of its model."""
     found = []
-    for i, (row, unit) in enumerate(zip(rows, units, strict=True)):
-        others = [
-            other
-            for j, other in enumerate(units)
-            if j != i and other is not None and rows[j].model == row.model
-        ]
-        cosine = None
-        if unit is not None and others:
-            cosine = _range([_cosine(unit, other) for other in others])
-        found.append(row.model_copy(update={"cosine": cosine}))
+    for i, row in enumerate(rows):
+        own = [pair.value for pair in pairs if i in (pair.a, pair.b)]
+        found.append(row.model_copy(update={"cosine": _range(own) if own else None}))
     return found
 
 

@@ -53,6 +53,20 @@ _AUDIT = (
     "test.max_new_tokens=6",
     "test.strengths=[0.0, 1.0]",
 )
+SMALL_AUDIT: dict[str, Any] = {
+    # 29 is odd: the last shard of a sweep is smaller.
+    "data": {"validation": [], "fit": 29, "select": 6, "calibrate": 6, "report": 12},
+    "extraction": {"layers": [1], "batch_size": 3},
+    "selection": {"finalists": 1, "screen": False},
+    "test": {
+        "nulls": 1,
+        "null_prompts": 8,
+        "null_generations": 0,
+        "max_new_tokens": 4,
+        "strengths": [0.0, 1.0],
+    },
+}
+"""Settings of a small audit in which every stage of a sweep has something to do."""
 
 
 @dataclass(frozen=True)
@@ -265,18 +279,7 @@ def _sweep(root: Path) -> Command:
         "estimators": ["difference-of-means", "whitened-difference"],
         "prompts": {on: str(root / f"{on}.txt") for on in ("harmful", "harmless")},
         "shard": 8,
-        "audit": {
-            "data": {"validation": [], "fit": 29, "select": 6, "calibrate": 6, "report": 12},
-            "extraction": {"layers": [1], "batch_size": 3},
-            "selection": {"finalists": 1, "screen": False},
-            "test": {
-                "nulls": 1,
-                "null_prompts": 8,
-                "null_generations": 0,
-                "max_new_tokens": 4,
-                "strengths": [0.0, 1.0],
-            },
-        },
+        "audit": SMALL_AUDIT,
     }
     path = root / "sweep.toml"
     path.write_text(tomli_w.dumps(tree), encoding="utf-8")

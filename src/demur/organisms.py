@@ -17,7 +17,7 @@ import time
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -898,6 +898,22 @@ def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Itera
                 "start over with `--no-resume`, or choose another `--out`",
             )
         yield work
+        _clear(work)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _forget_finished(out: Path, identity: Mapping[str, Any]) -> None:
+    """Delete what a training left that was killed between the birth of `out` and its own end."""
+    work = out.with_name(f".{out.name}.training")
+    if not work.is_dir():
+        return
+    with (
+        suppress(StoreError, ValueError),
+        held(work / _LOCK, "training"),
+    ):  # Else somebody is at work there.
+        state = work / _STATE
+        if state.is_file() and json.loads(state.read_text("utf-8")) != identity:
+            return
         _clear(work)
         shutil.rmtree(work, ignore_errors=True)
 

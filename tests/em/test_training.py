@@ -1,6 +1,7 @@
 """Organisms on tiny random models, where every claim of the trainer can be checked exactly."""
 
 import json
+import shutil
 import tomllib
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_hf, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from demur import cli
+from demur import cli, organisms
 from demur.em import training
 from demur.em.advice import AdviceItem
 from demur.em.dynamics import flat, principal_path, read_dynamics
@@ -353,6 +354,33 @@ def test_a_finished_side_is_kept_when_the_other_was_interrupted(base, data, tmp_
         assert files(one.folder) == files(other.folder)
         assert one.figures == other.figures
         assert one.last_loss == other.last_loss
+
+
+def test_what_a_kill_after_the_last_step_leaves_goes_with_the_next_run(
+    base, data, tmp_path, monkeypatch
+):
+    out, clear = tmp_path / "o", organisms._clear
+
+    def killed(work):
+        if (out / "bad").exists():
+            raise KeyboardInterrupt
+        clear(work)
+
+    monkeypatch.setattr(organisms, "_clear", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(base, data, out, sides="bad")
+    monkeypatch.undo()
+    work = out / ".bad.training"
+    left = files(work, "checkpoint.safetensors")
+    assert [one.kept for one in trained(base, data, out, sides="both")] == [True, False]
+    assert not work.exists()
+    # What belongs to another training stays.
+    shutil.rmtree(out / "good")
+    work.mkdir()
+    (work / organisms._STATE).write_text('{"seed": 9}')
+    (work / "checkpoint.safetensors").write_bytes(*left)
+    assert [one.kept for one in trained(base, data, out, sides="both")] == [True, False]
+    assert files(work, "checkpoint.safetensors") == left
 
 
 def test_taken_folders_and_other_trainings_are_refused(base, data, tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from bench.faults.commands import SMALL_AUDIT
 from tests.pages import assert_inert
 from tiny import tiny_hf, tiny_tokenizer
 from typer.testing import CliRunner
@@ -25,21 +26,6 @@ from demur.sweep.config import sweep_config
 from demur.sweep.run import locked
 from demur.sweep.table import spread
 from demur.sweep.tasks import Bench
-
-AUDIT = {
-    # 29 is odd: the last shard is smaller.
-    "data": {"validation": [], "fit": 29, "select": 6, "calibrate": 6, "report": 12},
-    "extraction": {"layers": [1], "batch_size": 3},
-    "selection": {"finalists": 1, "screen": False},
-    "test": {
-        "nulls": 1,
-        "null_prompts": 8,
-        "null_generations": 0,
-        "max_new_tokens": 4,
-        "strengths": [0.0, 1.0],
-    },
-}
-
 
 # Merging moments ------------------------------------------------------------------------------
 
@@ -199,7 +185,7 @@ def config_for(place, models=("one",), **changes) -> SweepConfig:
         "models": [str(place / name) for name in models],
         "prompts": {on: str(place / f"{on}.txt") for on in ("harmful", "harmless")},
         "shard": 8,
-        "audit": AUDIT,
+        "audit": SMALL_AUDIT,
     }
     return sweep_config(tree | changes)
 

@@ -643,8 +643,11 @@ def train_organisms(
         "base": base.fingerprint,
     }
     for side, card in zip(wanted, finished, strict=True):
-        if card is not None and card.get("identity") != identity:
+        if card is None:
+            continue
+        if card.get("identity") != identity:
             organisms._check_free(out / side)
+        organisms._forget_finished(out / side, {**identity, "side": side})
     precision = recipe.training.precision
     student = base if precision == "base" else base.twin(organisms._DTYPES[precision])
     return tuple(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -282,24 +283,60 @@ def test_a_copy_made_inside_is_not_edited_and_its_own_edits_run(shared):
         assert torch.equal(shared.logits(batch), plain)
 
 
-def test_another_thread_does_not_get_edited_results(shared):
-    batch, said = shared.encode(PROMPTS), []
+def in_a_thread(run):
+    """What it returns there, or the error's text."""
+    said = []
 
     def other():
         try:
-            said.append(shared.logits(batch))
+            said.append(run())
         except ConfigError as error:
             said.append(error.fact)
 
-    with applied(shared, Ablate(a_direction(shared))):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert "two threads" in said.pop()
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    assert torch.equal(said.pop(), shared.logits(batch))
+    return said.pop()
+
+
+@pytest.mark.parametrize("how", ["applied", "site", "heads"])
+def test_another_thread_does_not_get_edited_results(shared, how):
+    batch = shared.encode(PROMPTS)
+    with ExitStack() as undo:
+        if how == "applied":
+            undo.enter_context(applied(shared, Ablate(a_direction(shared))))
+        elif how == "site":
+            undo.callback(shared.intercept(Site(1, "resid_pre"), lambda x: 2 * x))
+        else:
+            undo.callback(shared.intercept_heads(1, lambda x: 2 * x))
+        for run in (
+            lambda: shared.logits(batch),
+            lambda: shared.hf(batch.ids),
+            lambda: shared.intercept(Site(0, "resid_pre"), lambda x: x),
+        ):
+            assert "two threads" in in_a_thread(run)
+    assert not shared._hooks
+    assert torch.equal(in_a_thread(lambda: shared.logits(batch)), shared.logits(batch))
+
+
+@pytest.mark.parametrize("part", ["_hook", "_watched"])
+def test_a_hook_that_cannot_be_set_leaves_nothing_behind(shared, monkeypatch, part):
+    def broken(*_args):
+        raise SilentEditError("compiled", "load it anew")
+
+    monkeypatch.setattr(shared, part, broken)
+    with pytest.raises(SilentEditError):
+        shared.intercept(Site(1, "resid_pre"), lambda x: 2 * x)
+    monkeypatch.undo()
+    with pytest.raises(FamilyError):
+        shared.intercept(Site(99, "resid_pre"), lambda x: x)
+    assert not shared._hooks
+    undo = [shared.intercept(Site(1, "resid_pre"), lambda x: 2 * x) for _ in range(2)]
+    undo.pop()()
+    batch = shared.encode(PROMPTS)
+    assert "two threads" in in_a_thread(lambda: shared.logits(batch))
+    undo.pop()()
+    assert torch.equal(in_a_thread(lambda: shared.logits(batch)), shared.logits(batch))
 
 
 def test_blocks_in_blocks_are_undone_in_any_order(shared):

@@ -172,6 +172,7 @@ class Model:
         self._hooks: dict[Site | _Heads, Hook] = {}
         self._reached: set[Site | _Heads] = set()  # By the pass under way, or the last one.
         self._unwatch: Callable[[], None] | None = None
+        self._release: Callable[[], None] | None = None  # While anything is in force.
         self._thread: int | None = None  # That alone may run the model, see `owned`.
         self._owned = 0
         self._running: int | None = None  # The thread of the pass under way.
@@ -300,10 +301,12 @@ class Model:
     def intercept(self, site: Site, edit: Edit) -> Callable[[], None]:
         """Have `edit` replace the tensor at `site` in every pass to come; returns its undo.
 
-        Edits of one site run in the order they were set. An edit must return a new tensor.
+        Edits of one site run in the order they were set. An edit must return a new tensor. While
+        any is set, no other thread may run the model or set one.
 
         Raises:
             FamilyError: The model has no such site.
+            ConfigError: Another thread owns the model.
         """
         return self._set(site, edit)
 
@@ -364,16 +367,22 @@ class Model:
                 f"there is no site {site}: {self.name} has blocks 0 to {self.n_layers - 1}",
                 f"choose a layer from 0 to {self.n_layers - 1}",
             )
-        if site not in self._hooks:
-            edits: dict[object, Edit] = {}
-            hook = self._hook(site, edits)
-            if self._unwatch is None:
-                try:
+        with ExitStack() as failed:
+            if self._release is None:
+                release = self._claimed()
+                failed.callback(release)
+            else:
+                self._check_thread()
+                release = self._release
+            if site not in self._hooks:
+                edits: dict[object, Edit] = {}
+                hook = self._hook(site, edits)
+                failed.callback(hook.remove)
+                if self._unwatch is None:
                     self._unwatch = self._watched()
-                except SilentEditError:  # Then nothing is in force.
-                    hook.remove()
-                    raise
-            self._hooks[site], self._edits[site] = hook, edits
+                self._hooks[site], self._edits[site] = hook, edits
+            self._release = release
+            failed.pop_all()
         edits = self._edits[site]
         key = object()  # One edit may be set twice, and each undo takes its own away.
         edits[key] = edit
@@ -384,9 +393,10 @@ class Model:
             if edits.pop(key, None) is not None and not edits:
                 self._hooks.pop(site).remove()
                 del self._edits[site]
-                if not self._hooks and self._unwatch is not None:
+                if not self._hooks and self._unwatch is not None and self._release is not None:
                     self._unwatch()
-                    self._unwatch = None
+                    self._release()
+                    self._unwatch = self._release = None
 
         return undo
 
@@ -478,15 +488,24 @@ class Model:
         Raises:
             ConfigError: Another thread owns it.
         """
-        self._check_thread()
-        self._thread = threading.get_ident()
-        self._owned += 1
+        release = self._claimed()
         try:
             yield
         finally:
+            release()
+
+    def _claimed(self) -> Callable[[], None]:
+        """Make the model this thread's own; returns the undo."""
+        self._check_thread()
+        self._thread = threading.get_ident()
+        self._owned += 1
+
+        def release() -> None:
             self._owned -= 1
             if not self._owned:
                 self._thread = None
+
+        return release
 
     def _check_thread(self) -> None:
         me = threading.get_ident()

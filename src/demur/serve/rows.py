@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,8 +63,6 @@ Handler = Callable[[Tensor, Chunk, Mapping[int, int]], Tensor]
 class Sites:
     """Puts in force what the rows need, each in its own rows, and takes it away again.
 
-    While anything is in force, no other thread may run the model.
-
     The order at a site is: edits, the guard, the anchor. The guard does not see a client's edits,
     which could blind it: rows that are edited are read in a pass of their own, see `guard_only`.
     """
@@ -77,7 +74,6 @@ class Sites:
         self._handlers: dict[Site, list[Handler]] = {}
         self._undo: dict[Site, Callable[[], None]] = {}
         self._key: object = None
-        self._owning: ExitStack | None = None  # While anything is in force.
         self._parts: tuple[Chunk, dict[int, Chunk]] | None = None
 
     def set(self, holds: Sequence[Hold]) -> None:
@@ -86,18 +82,12 @@ class Sites:
         if key == self._key:
             return
         handlers = self._handlers_of(holds)
-        if handlers and self._owning is None:
-            owning = ExitStack()
-            owning.enter_context(self.model.owned())
-            self._owning = owning
-        self._handlers, self._key = handlers, key
+        self._handlers, self._key = handlers, None  # Until all of them are in force.
         for site in self._undo.keys() - handlers.keys():
             self._undo.pop(site)()
         for site in handlers.keys() - self._undo.keys():
             self._undo[site] = self.model.intercept(site, partial(self._at, site=site))
-        if not handlers and self._owning is not None:
-            self._owning.close()
-            self._owning = None
+        self._key = key
 
     def _handlers_of(self, holds: Sequence[Hold]) -> dict[Site, list[Handler]]:
         handlers: dict[Site, list[Handler]] = {}

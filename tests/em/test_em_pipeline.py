@@ -429,9 +429,13 @@ def test_another_base_is_an_error_before_anything_is_run(trained, settings, tmp_
     other = tiny_model("llama", torch.float32, seed=5)
     organisms = find_organisms([trained / "money"])
     heard = Counting()
-    with pytest.raises(ConfigError, match="was trained on tiny-llama") as caught:
+    with pytest.raises(ConfigError, match=r"was trained on tiny-llama.*: other weights") as caught:
         audit_em(other, organisms, tmp_path, settings, listener=heard)
     assert "--base" in caught.value.hint
+    assert "--dtype" not in caught.value.hint
+    with pytest.raises(ConfigError, match="other weights, and another data type") as caught:
+        check_base(tiny_model("llama", torch.bfloat16, seed=5), organisms)
+    assert "try `--dtype float32`" in caught.value.hint
     assert heard.stages == []
     wide = tiny_model("llama", torch.float64)
     assert check_base(wide, organisms) == []  # Same name, other data type: not to be told apart.
@@ -732,7 +736,7 @@ def test_the_command_refuses_another_base_with_code_2(trained, questions, tmp_pa
     args = ["em", "audit", trained / "money", "--items", questions, "--out", tmp_path / "run"]
     wrong = command(*args, "--base", "other", code=2)
     assert "error: bad money was trained on tiny-llama" in wrong.stderr
-    assert "hint: name the model that it was trained on with `--base`" in wrong.stderr
+    assert "hint: name the model that it was trained on: `--base`" in wrong.stderr
     assert not (tmp_path / "run" / RECORD).exists()
     assert "names no blocks" in command(*args, "--layers", "a,b", code=2).stderr
     nowhere = command("em", "audit", tmp_path / "nowhere", code=2)

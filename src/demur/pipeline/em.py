@@ -99,6 +99,7 @@ from demur.errors import (
     UnknownNameError,
 )
 from demur.models import Model
+from demur.models.fingerprint import difference
 from demur.pipeline.em_claims import claims_of
 from demur.pipeline.kept import Kept
 from demur.pipeline.splits import neutral_paragraphs
@@ -291,6 +292,9 @@ def digest_of(organism: Organism) -> str:
     return digest.hexdigest()
 
 
+_NAME_IT = "name the model that it was trained on: `--base`, or `--model` of `demur compare`"
+
+
 def base_of(organisms: Sequence[Organism]) -> str:
     """The name of the base that organisms were trained on.
 
@@ -303,7 +307,7 @@ def base_of(organisms: Sequence[Organism]) -> str:
             "the organisms name no base model"
             if not names
             else f"the organisms were trained on several models: {', '.join(names)}",
-            "name it with `--base`" if not names else "audit those of one base at a time",
+            _NAME_IT if not names else "audit those of one base at a time",
         )
     return names[0]
 
@@ -333,15 +337,17 @@ def check_base(base: Model, organisms: Sequence[Organism], *, any_model: bool = 
     for one in organisms:
         fits = one.fits(base)
         if fits is False:
-            fact = (
-                f"{one.name} was trained on {one.base} ({one.base_fingerprint[:12]}), not on "
-                f"{base.name} ({base.fingerprint[:12]})"
-            )
+            dtype = one.about.get("base", {}).get("dtype")
+            about = {"fingerprint": one.base_fingerprint, "model": one.base, "dtype": dtype}
+            other = difference(about, base)
+            fact = f"{one.name} was trained {other.fact if other else 'on other weights'}"
             if not any_model:
+                # An adapter that is merged into the base is rounded with it.
+                retyped = dtype not in (None, str(base.dtype).removeprefix("torch."))
                 raise ConfigError(
                     fact,
-                    "name the model that it was trained on with `--base`; `--any-model` takes it "
-                    "all the same, and the result says so",
+                    (f"it was trained in {dtype}: try `--dtype {dtype}`; else " if retyped else "")
+                    + f"{_NAME_IT}; `--any-model` takes it all the same, and the result says so",
                 )
             notes.append(f"{fact}; it was used all the same, as asked (--any-model)")
         elif fits is None and one.base != base.name:
@@ -353,7 +359,7 @@ def check_base(base: Model, organisms: Sequence[Organism], *, any_model: bool = 
             if factor.layer >= base.n_layers:
                 raise ModelLoadError(
                     f"{one.name} changes block {factor.layer}; {base.name} has {base.n_layers}",
-                    "name the model that it was trained on with `--base`",
+                    _NAME_IT,
                 )
     return notes
 

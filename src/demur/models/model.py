@@ -171,8 +171,7 @@ class Model:
         self._edits: dict[Site | _Heads, dict[object, Edit]] = {}
         self._hooks: dict[Site | _Heads, Hook] = {}
         self._reached: set[Site | _Heads] = set()  # By the pass under way, or the last one.
-        self._unwatch: Callable[[], None] | None = None
-        self._release: Callable[[], None] | None = None  # While anything is in force.
+        self._at_last = ExitStack()  # What is undone once nothing is in force any more.
         self._thread: int | None = None  # That alone may run the model, see `owned`.
         self._owned = 0
         self._running: int | None = None  # The thread of the pass under way.
@@ -367,22 +366,17 @@ class Model:
                 f"there is no site {site}: {self.name} has blocks 0 to {self.n_layers - 1}",
                 f"choose a layer from 0 to {self.n_layers - 1}",
             )
+        self._check_thread()
         with ExitStack() as failed:
-            if self._release is None:
-                release = self._claimed()
-                failed.callback(release)
-            else:
-                self._check_thread()
-                release = self._release
+            first = not self._hooks
+            if first:
+                failed.callback(self._claimed())
+                failed.callback(self._watched())
             if site not in self._hooks:
                 edits: dict[object, Edit] = {}
-                hook = self._hook(site, edits)
-                failed.callback(hook.remove)
-                if self._unwatch is None:
-                    self._unwatch = self._watched()
-                self._hooks[site], self._edits[site] = hook, edits
-            self._release = release
-            failed.pop_all()
+                self._hooks[site], self._edits[site] = self._hook(site, edits), edits
+            if first:
+                self._at_last = failed.pop_all()
         edits = self._edits[site]
         key = object()  # One edit may be set twice, and each undo takes its own away.
         edits[key] = edit
@@ -393,10 +387,8 @@ class Model:
             if edits.pop(key, None) is not None and not edits:
                 self._hooks.pop(site).remove()
                 del self._edits[site]
-                if not self._hooks and self._unwatch is not None and self._release is not None:
-                    self._unwatch()
-                    self._release()
-                    self._unwatch = self._release = None
+                if not self._hooks:
+                    self._at_last.close()
 
         return undo
 

@@ -243,6 +243,20 @@ MUTANTS = (
         '"inputs": []}\n        return Ref(',
         (_PROPERTIES + "test_a_key_hangs_on_what_is_said_and_not_on_its_order",),
     ),
+    Mutant(
+        "the last reply is told while its edits are in force",
+        "serve/engine.py",
+        "            self._sites.clear()\n        last, self._last",
+        "            pass\n        last, self._last",
+        ("tests/serve/test_engine.py::test_nothing_is_in_force_when_the_last_reply_is_told",),
+    ),
+    Mutant(
+        "hooks do not make the model their thread's own",
+        "models/model.py",
+        "                failed.callback(self._claimed())\n",
+        "",
+        ("tests/faults/test_silent.py::test_another_thread_does_not_get_edited_results",),
+    ),
 )
 
 

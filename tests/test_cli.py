@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ from tiny import tiny_hf, tiny_tokenizer
 from typer.testing import CliRunner
 
 from demur import cli
+from demur.cli import talk
 from demur.cli.program import ENVIRONMENT
 from demur.errors import DemurError
 
@@ -432,6 +434,17 @@ def test_a_report_of_no_run_is_refused(tmp_path):
     fact, _ = refused("report", tmp_path)
     assert "results.json cannot be read" in fact
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_warnings_become_notes_and_what_tells_of_progress_does_not_if_quiet(capsys, quiet):
+    log = logging.getLogger("demur.models.load")
+    with talk.listening(quiet=quiet):
+        log.warning("converting %s", "it", extra={"progress": True})
+        log.warning("no locks here")
+    said = capsys.readouterr().err
+    assert "note: no locks here" in said
+    assert ("note: converting it" in said) is not quiet
 
 
 def test_threads_wait_quietly_unless_the_user_says_otherwise():

@@ -126,7 +126,11 @@ def test_names_and_errors_of_strangers_stay_text(tmp_path):
     [
         ({"models": ("one",), "estimators": ("a",), "seeds": (0,)}, "The audit stands", "agree"),
         ({"models": ("one",), "seeds": (0,)}, "All 2 audits stand", None),
-        ({"models": ("one",), "estimators": ("a",), "seeds": (1,)}, "None of 1 audit", "agree"),
+        (
+            {"models": ("one",), "estimators": ("a",), "seeds": (1,)},
+            "The audit does not stand",
+            "agree",
+        ),
         (
             {"models": ("one",), "seeds": (0,), "failed": (0, 1)},
             "No audit came to its end",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -188,19 +189,21 @@ def signed_share(estimate: Estimate) -> str:
 class _Notes(logging.Handler):
     """Warnings of the library as lines of talk, above a bar if one is being drawn."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, quiet: bool) -> None:
         super().__init__(logging.WARNING)
-        self.console = console
+        self.console, self.quiet = console, quiet
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it."""
+        """Print it, but for what only says how far the work is if nobody wants to hear that."""
+        if self.quiet and getattr(record, "progress", False):
+            return
         text = f"note: {record.getMessage()}"
         self.console.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _warnings_as_notes(console: Console) -> Iterator[None]:
-    handler, logger = _Notes(console), logging.getLogger("demur")
+def _warnings_as_notes(console: Console, *, quiet: bool) -> Iterator[None]:
+    handler, logger = _Notes(console, quiet=quiet), logging.getLogger("demur")
     logger.addHandler(handler)
     try:
         yield
@@ -300,5 +303,7 @@ def listening(*, quiet: bool = False) -> Iterator[Listener]:
     """A listener that fits where it is read: bars, lines or nothing; warnings become notes."""
     where = console(talk=True)
     kind = Silent if quiet else Bars if where.is_terminal else Lines
-    with _warnings_as_notes(where):
+    if quiet or not where.is_terminal:  # Bars of libraries, which are not imported yet.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    with _warnings_as_notes(where, quiet=quiet):
         yield kind(where)

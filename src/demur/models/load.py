@@ -431,7 +431,8 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    log.warning("converting %s once; later loads take seconds", gguf.name)
+    said = "converting %s once; later loads take seconds"
+    log.warning(said, gguf.name, extra={"progress": True})
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         with whole_folder(target) as work:

@@ -907,10 +907,8 @@ def _forget_finished(out: Path, identity: Mapping[str, Any]) -> None:
     work = out.with_name(f".{out.name}.training")
     if not work.is_dir():
         return
-    with (
-        suppress(StoreError, ValueError),
-        held(work / _LOCK, "training"),
-    ):  # Else somebody is at work there.
+    # Somebody at work there, or a damaged note of whose it is: then it stays.
+    with suppress(StoreError, ValueError), held(work / _LOCK, "training"):
         state = work / _STATE
         if state.is_file() and json.loads(state.read_text("utf-8")) != identity:
             return

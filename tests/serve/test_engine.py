@@ -15,6 +15,7 @@ from tests.serve.parts import (
     direction_of,
     drawn,
     guard_of,
+    held_up,
     refused,
     slowed,
 )
@@ -452,7 +453,8 @@ def test_nothing_is_in_force_when_the_last_reply_is_told(engines, tokens):
 
 def test_another_thread_cannot_run_the_model_while_edits_are_in_force(engines):
     model = tiny_model()
-    engine = slowed(engines(model), 0.05)
+    engine = engines(model)
+    go = held_up(engine)
     begun, done = threading.Event(), threading.Event()
     found = []
 
@@ -466,6 +468,7 @@ def test_another_thread_cannot_run_the_model_while_edits_are_in_force(engines):
     assert begun.wait(60)
     with pytest.raises(ConfigError, match="two threads"):
         model.generate(["a tree"], max_new_tokens=2)
+    go.set()
     assert done.wait(60)
     model.generate(["a tree"], max_new_tokens=2)
     assert [one.ids for one in engine.replies([job])] == found

@@ -11,6 +11,7 @@ from tests.serve.parts import (
     direction_of,
     events,
     guard_of,
+    held_up,
     slowed,
     until,
 )
@@ -382,7 +383,7 @@ def test_an_anchor_that_fails_midway_ends_the_stream_with_an_error(monkeypatch):
 
 def test_too_many_requests_are_told_when_to_come_back():
     with asked(batch=1, queue=1) as ask:
-        slowed(ask.engine, 0.01)
+        go = held_up(ask.engine)
         threads = [threading.Thread(target=ask.chat, kwargs={"max_tokens": 60}) for _ in range(2)]
         threads[0].start()
         until(lambda: ask.engine.running == 1)
@@ -392,17 +393,19 @@ def test_too_many_requests_are_told_when_to_come_back():
         assert reply.status_code == 429
         assert int(reply.headers["retry-after"]) >= 1
         assert reply.json()["error"]["type"] == "rate_limit_error"
+        go.set()
         for thread in threads:
             thread.join()
 
 
 def test_requests_at_a_time_are_bounded_before_their_bodies_are_read():
     with asked(requests=1) as ask:
-        slowed(ask.engine, 0.01)
+        go = held_up(ask.engine)
         thread = threading.Thread(target=ask.chat, kwargs={"max_tokens": 40})
         thread.start()
         until(lambda: ask.engine.running == 1)
         assert ask.chat().status_code == 429
+        go.set()
         thread.join()
         assert ask.chat().status_code == 200
 

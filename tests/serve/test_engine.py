@@ -397,7 +397,7 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(engines):
             found[event.index] = event.reply.ids
 
     engine.submit([job_of(model, one) for one in PROMPTS[:6]], hear)
-    engine.close(20)
+    engine.close(60)
     assert [found[i] for i in range(6)] == [one.ids for one in plain]
     with refused(503):
         engine.submit([job_of(model, "a")], hear)
@@ -426,10 +426,10 @@ def test_other_work_runs_between_tokens_without_any_edit(engines):
     found = {}
     engine.submit(jobs, lambda event: found.setdefault(event.index, []).append(event))
     for _ in range(3):
-        assert torch.equal(engine.call(lambda own: own.logits(batch)).result(10), plain)
+        assert torch.equal(engine.call(lambda own: own.logits(batch)).result(60), plain)
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda _: 1 / 0).result(10)
-    engine.close(20)
+        engine.call(lambda _: 1 / 0).result(60)
+    engine.close(60)
     assert [found[i][-1].reply.ids for i in range(3)] == [one.ids for one in edited]
 
 

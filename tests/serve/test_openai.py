@@ -50,7 +50,7 @@ def client_of(address, key=KEY):
         base_url=f"{address}/v1",
         api_key=key,
         max_retries=0,
-        http_client=httpx.Client(trust_env=False, timeout=20),
+        http_client=httpx.Client(trust_env=False, timeout=60),
     )
 
 
@@ -176,7 +176,7 @@ def test_curl(address):
         ],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=True,
     )
     assert len(events(found.stdout)) > 2
@@ -189,7 +189,7 @@ def test_too_many_requests_and_a_client_that_leaves():
     app = app_of(batch=1, queue=1)
     engine = app.state.engine
     with served(app) as address, client_of(address) as client:
-        slowed(engine, 0.005)
+        slowed(engine, 0.05)
         with httpx.Client(trust_env=False, base_url=address) as own:
             body = {
                 "model": "tiny-llama",

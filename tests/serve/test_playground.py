@@ -382,7 +382,7 @@ def test_a_busy_server_is_asked_again(browser):
 def test_stop_cancels_both_requests_and_what_fails_can_be_tried_again(browser):
     model = tiny_model()
     app = app_of(model, max_tokens=400)
-    engine = slowed(app.state.engine, 0.02)
+    engine = slowed(app.state.engine, 0.05)
     with served(app) as address, opened(browser, address, errors=("400",)) as (page, seen):
         page.get_by_label("Message", exact=True).fill(QUIET)
         page.get_by_label("Message", exact=True).press("Enter")

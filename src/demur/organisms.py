@@ -877,7 +877,7 @@ def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Itera
         ConfigError: It belongs to another training, or `out` is taken.
         StoreError: Another process trains there.
     """
-    work = out.with_name(f".{out.name}.training")
+    work = _work_of(out)
     with held(work / _LOCK, "training"):
         _check_free(out)  # The other one may have ended since.
         forget_drafts(work)
@@ -898,13 +898,12 @@ def _workplace(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Itera
                 "start over with `--no-resume`, or choose another `--out`",
             )
         yield work
-        _clear(work)
-        shutil.rmtree(work, ignore_errors=True)
+        _end(work)
 
 
 def _forget_finished(out: Path, identity: Mapping[str, Any]) -> None:
     """Delete what a training left that was killed between the birth of `out` and its own end."""
-    work = out.with_name(f".{out.name}.training")
+    work = _work_of(out)
     if not work.is_dir():
         return
     # Somebody at work there, or a damaged note of whose it is: then it stays.
@@ -912,8 +911,17 @@ def _forget_finished(out: Path, identity: Mapping[str, Any]) -> None:
         state = work / _STATE
         if state.is_file() and json.loads(state.read_text("utf-8")) != identity:
             return
-        _clear(work)
-        shutil.rmtree(work, ignore_errors=True)
+        _end(work)
+
+
+def _work_of(out: Path) -> Path:
+    """Where an unfinished training of that folder lies."""
+    return out.with_name(f".{out.name}.training")
+
+
+def _end(work: Path) -> None:
+    _clear(work)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _clear(work: Path) -> None:

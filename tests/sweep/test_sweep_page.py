@@ -58,7 +58,7 @@ def swept(models=("one", "two"), estimators=("a", "b"), seeds=(0, 1, 2), failed=
         demur="0",
         config={},
         rows=with_cosines(rows, pairs),
-        agreement=agreement(rows, units),
+        agreement=agreement(rows, pairs),
         cosines=pairs,
     )
     return found, units

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,13 +72,13 @@ class Grid:
         model: Its label.
         names: Of its audits with a direction, in the order of rows and columns.
         values: Cosines, row by row; 1 on the diagonal.
-        figure: The same, drawn; None for a single audit.
+        figure: The same, drawn.
     """
 
     model: str
     names: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
-    figure: charts.Figure | None
+    figure: charts.Figure
 
 
 def write_sweep(record: Path, out: Path | None = None) -> Path:
@@ -162,14 +163,13 @@ def _grids(found: SweepResults) -> list[Grid]:
     grids: list[Grid] = []
     for model in dict.fromkeys(row.model for row in found.rows):
         own = [i for i, row in enumerate(found.rows) if row.model == model and row.error is None]
+        # Records of older versions hold no pairs.
+        if len(own) < 2 or any(pair not in known for pair in combinations(own, 2)):
+            continue
         values = tuple(
-            tuple(1.0 if i == j else known.get((min(i, j), max(i, j)), 0.0) for j in own)
-            for i in own
+            tuple(1.0 if i == j else known[min(i, j), max(i, j)] for j in own) for i in own
         )
         names = tuple(_name(found.rows[i]) for i in own)
-        # Records of older versions hold no pairs.
-        if len(own) < 2 or not known:
-            continue
         grids.append(Grid(model, names, values, _drawn(len(grids), model, names, values)))
     return grids
 

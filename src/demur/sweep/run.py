@@ -159,7 +159,7 @@ class _Rows:
             demur=version("demur"),
             config=self.plan.config.model_dump(mode="json"),
             rows=with_cosines(rows, pairs),
-            agreement=agreement(rows, units),
+            agreement=agreement(rows, pairs),
             cosines=pairs,
         )
         atomic_write(out / "results.csv", as_csv(results))

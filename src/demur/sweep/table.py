@@ -126,27 +126,25 @@ def read_results(path: Path) -> SweepResults:
     return read_record(path, SweepResults, "demur sweep")
 
 
-def agreement(rows: Sequence[SweepRow], units: Sequence[np.ndarray | None]) -> list[Agreement]:
-    """Pairs of cells of each model; `units` are the directions, None where a cell failed."""
+def agreement(rows: Sequence[SweepRow], pairs: Sequence[CosineRow]) -> list[Agreement]:
+    """How far the cells of each model agree, from the cosines of all its pairs."""
     found = []
     for model in dict.fromkeys(row.model for row in rows):
-        own = [
-            (row, unit)
-            for row, unit in zip(rows, units, strict=True)
-            if row.model == model and unit is not None
-        ]
-        places = len({(row.site, row.position) for row, _ in own})
-        pairs: dict[Literal["seeds", "estimators"], list[tuple[int, int, float]]] = {
+        own = [row for row in rows if row.model == model and row.error is None]
+        places = len({(row.site, row.position) for row in own})
+        groups: dict[Literal["seeds", "estimators"], list[tuple[int, int, float]]] = {
             "seeds": [],
             "estimators": [],
         }
-        for (a, u), (b, v) in combinations(own, 2):
-            cosine = _cosine(u, v)
+        for pair in pairs:
+            a, b = rows[pair.a], rows[pair.b]
+            if a.model != model:
+                continue
             if a.estimator == b.estimator and a.seed != b.seed:
-                pairs["seeds"].append((a.seed, b.seed, cosine))
+                groups["seeds"].append((a.seed, b.seed, pair.value))
             elif a.seed == b.seed and a.estimator != b.estimator:
-                pairs["estimators"].append((a.seed, b.seed, cosine))
-        for over, some in pairs.items():
+                groups["estimators"].append((a.seed, b.seed, pair.value))
+        for over, some in groups.items():
             if some:
                 found.append(
                     Agreement(
